@@ -1,0 +1,7 @@
+"""Many fields at once on one device: the only loop of the project. Needs torch and numpy, nothing else."""
+
+from nfscale.engine.calibrate import Calibration, calibrate
+from nfscale.engine.loop import Check, fit
+from nfscale.engine.result import Fitted, Result, Stop
+
+__all__ = ["Calibration", "Check", "Fitted", "Result", "Stop", "calibrate", "fit"]

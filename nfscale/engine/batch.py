@@ -1,0 +1,170 @@
+"""The slots of a batch: tensors whose axis 0 is the slot, and a record of the datum in each slot.
+
+Danger: the matrix library takes another path for a single matrix, so a batch never has fewer than
+`MINIMUM_SLOTS`; a lone field shares the batch with an idle slot, and its result stays the same bit for bit.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nfscale.engine.calibrate import Calibration
+from nfscale.engine.sampling import Sampler
+from nfscale.engine.step import gather_samples, plain_gradient, plain_gradient_and_hvp
+from nfscale.fields import Field
+from nfscale.layout import Params
+from nfscale.optim import Extra, Optimizer
+from nfscale.optim.base import State
+from nfscale.rng import Stream, rademacher
+from nfscale.signals import Samples, Signal
+
+MINIMUM_SLOTS = 2
+_ROWS = "rows"
+
+
+@dataclass
+class Slot:
+    """The datum in one place of the batch and what its checks saw."""
+
+    id: str
+    seed: int
+    restarts: int = 0
+    step: int = 0
+    wall_seconds: float = 0.0
+    start_loss: float = float("inf")
+    best_loss: float = float("inf")
+    best_quality: float = float("-inf")
+    history_step: list[int] = field(default_factory=list)
+    history_quality: list[float] = field(default_factory=list)
+
+    def restarted(self) -> "Slot":
+        """The same datum before its first step, one restart later."""
+        return Slot(self.id, self.seed, self.restarts + 1, wall_seconds=self.wall_seconds)
+
+
+class Batch:
+    """F fields of equal sample count that step together."""
+
+    def __init__(
+        self,
+        field: Field,
+        signal: Signal,
+        optimizer: Optimizer,
+        sampler: Sampler,
+        calibration: Calibration | None,
+        rows: Tensor,
+        samples: Samples,
+        seeds: Tensor,
+        slots: list["Slot | None"],
+    ) -> None:
+        self.field, self.signal, self.optimizer, self.sampler = field, signal, optimizer, sampler
+        self.calibration = calibration
+        self.rows, self.samples, self.seeds, self.slots = rows, samples, seeds, slots
+        self.best_rows = rows.clone()
+        self.steps = torch.zeros(len(slots), dtype=torch.int64, device=rows.device)
+        self.rate = torch.ones(len(slots), dtype=torch.float32, device=rows.device)
+        self.state = optimizer.init(self._params(rows))
+
+    def _params(self, rows: Tensor) -> Params:
+        return {_ROWS: rows} if self.optimizer.elementwise else self.field.layout.unravel(rows)
+
+    def _rows(self, params: Params) -> Tensor:
+        return params[_ROWS] if self.optimizer.elementwise else self.field.layout.ravel(params)
+
+    @property
+    def occupied(self) -> list[int]:
+        return [index for index, slot in enumerate(self.slots) if slot is not None]
+
+    def slot(self, index: int) -> Slot:
+        """The record of an occupied slot."""
+        slot = self.slots[index]
+        assert slot is not None, f"slot {index} is empty"
+        return slot
+
+    def picked(self, indices: list[int]) -> tuple[Tensor, Samples]:
+        """Rows and samples of these slots; without a copy where these are all slots in order."""
+        if indices == list(range(len(self.slots))):
+            return self.rows, self.samples
+        mask = self.samples.mask
+        return self.rows[indices], Samples(
+            self.samples.coordinates[indices], self.samples.values[indices], None if mask is None else mask[indices]
+        )
+
+    def remember(self, indices: list[int]) -> None:
+        """Keep the current params of these slots as their best."""
+        if indices:
+            self.best_rows[indices] = self.rows[indices]
+
+    def advance(self, count: int) -> None:
+        """`count` steps of every slot; nothing here waits for the device."""
+        full = self.sampler.is_full
+        positions = None if full else self.sampler.positions(self.seeds, self.steps, count)
+        diagonal, step_rms = None, None
+        for index in range(count):
+            part = self.samples if positions is None else gather_samples(self.samples, positions[:, index])
+            hv, wanted = None, None
+            if "hv" in self.optimizer.needs and index % self._cadence == 0:
+                wanted = self.optimizer.wants_curvature(self.steps)
+                probe = rademacher(self.seeds, Stream.PROBE, self.steps, self.field.layout.size)
+                _, grads, products = plain_gradient_and_hvp(self.field, self.signal, self.rows, part, probe)
+                hv = self._params(products)
+            else:
+                _, grads = plain_gradient(self.field, self.signal, self.rows, part)
+            if "diagonal" in self.optimizer.needs and index % self._cadence == 0:
+                diagonal, step_rms = self._shared_curvature()
+            extra = Extra(self.steps, self.rate, hv, wanted, diagonal, step_rms)
+            updates, self.state = self.optimizer.update(
+                self._params(grads), self.state, self._params(self.rows), extra
+            )
+            self.rows += self._rows(updates)
+            self.steps += 1
+
+    @property
+    def _cadence(self) -> int:
+        return getattr(self.optimizer, "update_every", 1)
+
+    def _shared_curvature(self) -> tuple[Params, Tensor]:
+        assert self.calibration is not None, "fit() refuses an optimiser that lacks its calibration"
+        diagonal, step_rms = self.calibration.at(self.steps)
+        return self._params(diagonal), step_rms
+
+    def fill(self, index: int, slot: Slot, row: Tensor, samples: Samples) -> None:
+        """Put a datum into a slot, as new: its row, its samples, an empty optimiser state."""
+        self.slots[index] = slot
+        self.samples.coordinates[index] = samples.coordinates
+        self.samples.values[index] = samples.values
+        if self.samples.mask is not None and samples.mask is not None:
+            self.samples.mask[index] = samples.mask
+        self.seeds[index] = slot.seed - (1 << 64) if slot.seed >= (1 << 63) else slot.seed
+        self.reset(index, slot, row)
+
+    def reset(self, index: int, slot: Slot, row: Tensor) -> None:
+        """Start the datum in a slot again from `row`, at the rate its restarts leave it."""
+        self.slots[index] = slot
+        self.rows[index] = row
+        self.best_rows[index] = row
+        self.steps[index] = 0
+        self.rate[index] = 0.5**slot.restarts
+        fresh = self.optimizer.init(self._params(self.rows[index : index + 1]))
+        _assign(self.state, fresh, index)
+
+    def keep(self, indices: list[int]) -> None:
+        """Drop all slots but these."""
+        self.rows, self.samples = self.picked(indices)
+        self.best_rows = self.best_rows[indices]
+        self.seeds, self.steps, self.rate = self.seeds[indices], self.steps[indices], self.rate[indices]
+        self.state = _pick(self.state, indices)
+        self.slots = [self.slots[index] for index in indices]
+
+
+def _assign(state: State, fresh: State, index: int) -> None:
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            value[index] = fresh[name][0]
+        else:
+            _assign(value, fresh[name], index)
+
+
+def _pick(state: State, indices: list[int]) -> State:
+    return {name: v[indices] if isinstance(v, Tensor) else _pick(v, indices) for name, v in state.items()}

@@ -1,0 +1,315 @@
+"""The loop: slots are filled, stepped, looked at every `check_every` steps, emptied and refilled.
+
+The host looks at the device at checks only. What happens to a field between two checks depends on the
+field alone, so results do not change with the batch size or with what the neighbours do.
+"""
+
+import math
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nfscale.engine.batch import MINIMUM_SLOTS, Batch, Slot
+from nfscale.engine.calibrate import Calibration
+from nfscale.engine.result import Fitted, Result, Stop
+from nfscale.engine.sampling import Sampler, Sampling
+from nfscale.engine.step import evaluate
+from nfscale.fields import Field
+from nfscale.optim import Optimizer
+from nfscale.rng import as_tensor, datum_seed
+from nfscale.signals import Samples, Signal
+
+_CPU_BATCH_BYTES = 96 << 20  # activations of a batch: more slots than this gain nothing once a step is milliseconds
+_CUDA_BATCH_FRACTION = 0.5  # of the free device memory
+_MAX_SLOTS = {"cpu": 1024, "cuda": 16384}
+_FALLEN = 10.0
+"""A field has diverged when its loss is this many times its best, and within the same factor of its start:
+lost for good, while a spike of a field that is already good recovers as the learning rate decays."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What an observer is told after each look at the batch."""
+
+    active: int
+    finished: int
+    steps: int
+    """Field steps taken since the last check, summed over the active slots."""
+
+
+def fit(
+    field: Field,
+    signal: Signal,
+    data: Iterable[tuple[str, Samples]],
+    *,
+    optimizer: Optimizer,
+    stop: Stop,
+    seed: int,
+    init: Literal["shared", "per_datum"] | Tensor = "shared",
+    samples: int | Literal["full"] = "full",
+    sampling: Sampling = "stratified",
+    calibration: Calibration | None = None,
+    batch: int | Literal["auto"] = "auto",
+    device: torch.device | str | None = None,
+    clock: Callable[[], float] | None = None,
+    observe: Callable[[Check], None] | None = None,
+) -> Iterator[Fitted]:
+    """Fit one field to each datum; fields come out in the order in which they finish.
+
+    Args:
+        data: (id, samples) pairs, read as slots free up. Data of equal sample count share a batch.
+        init: "shared" starts every field from one draw of `seed`, "per_datum" from the datum's own;
+            a tensor [P] is the shared start itself.
+        samples: how many of a field's samples enter a step.
+        calibration: curvature shared by the fields, for optimisers that need it.
+        batch: slots; "auto" chooses by the memory a field takes.
+        clock: seconds, for `wall_seconds`; without one they stay 0.
+        observe: called after each check.
+
+    Raises:
+        ValueError: if the optimiser needs a calibration and none is given.
+    """
+    if "diagonal" in optimizer.needs and calibration is None:
+        raise ValueError("this optimiser uses curvature that fields share; pass calibration=nfscale.calibrate(...)")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loop = _Loop(
+        field=field,
+        signal=signal,
+        optimizer=optimizer,
+        stop=stop,
+        seed=seed,
+        theta0=_shared_start(field, seed, init, device),
+        samples=samples,
+        sampling=sampling,
+        calibration=calibration.to(device) if calibration is not None else None,
+        batch=batch,
+        device=device,
+        clock=clock or (lambda: 0.0),
+        observe=observe or (lambda check: None),
+    )
+    queue = _Queue(data)
+    while (available := queue.most_waiting()) is not None:
+        yield from loop.run(queue, available)
+
+
+def theta0_of(field: Field, seed: int) -> Tensor:
+    """The params that all fields of a job share at the start: float32 [P]."""
+    return field.layout.ravel(field.init(as_tensor([datum_seed(seed, "")])))[0]
+
+
+def _shared_start(
+    field: Field, seed: int, init: Literal["shared", "per_datum"] | Tensor, device: torch.device
+) -> Tensor | None:
+    if isinstance(init, Tensor):
+        return init.to(device)
+    return theta0_of(field, seed).to(device) if init == "shared" else None
+
+
+def batch_slots(field: Field, samples: int, available: int, device: torch.device) -> int:
+    """How many fields fit together: bounded by the memory that activations, data and state take."""
+    widest = max(entry.shape[0] for entry in field.layout.entries)
+    layers = len(field.layout.entries) // 2
+    per_field = 4 * (3 * layers * samples * widest + 8 * available + 10 * field.layout.size)
+    if device.type == "cuda":
+        budget = int(torch.cuda.mem_get_info(device)[0] * _CUDA_BATCH_FRACTION)
+    else:
+        budget = _CPU_BATCH_BYTES
+    return max(MINIMUM_SLOTS, min(budget // per_field, _MAX_SLOTS.get(device.type, 1024)))
+
+
+class _Queue:
+    """Data that wait for a slot, by sample count; reads ahead only as far as it must."""
+
+    def __init__(self, data: Iterable[tuple[str, Samples]]) -> None:
+        self._data = iter(data)
+        self._waiting: OrderedDict[int, deque[tuple[str, Samples]]] = OrderedDict()
+
+    def _read(self) -> int | None:
+        """Read one more datum; its sample count, or None at the end."""
+        datum = next(self._data, None)
+        if datum is None:
+            return None
+        available = len(datum[1].values)
+        self._waiting.setdefault(available, deque()).append(datum)
+        return available
+
+    def most_waiting(self) -> int | None:
+        """The sample count with most data waiting; reads one datum where none waits."""
+        if not any(self._waiting.values()) and self._read() is None:
+            return None
+        return max(self._waiting, key=lambda available: len(self._waiting[available]))
+
+    def take(self, available: int, lookahead: int) -> tuple[str, Samples] | None:
+        """The next datum of this sample count, passing over at most `lookahead` data of other counts."""
+        line = self._waiting.setdefault(available, deque())
+        while not line and sum(len(other) for other in self._waiting.values()) < lookahead:
+            if self._read() is None:
+                break
+        return line.popleft() if line else None
+
+
+@dataclass(frozen=True)
+class _Loop:
+    field: Field
+    signal: Signal
+    optimizer: Optimizer
+    stop: Stop
+    seed: int
+    theta0: Tensor | None
+    samples: int | Literal["full"]
+    sampling: Sampling
+    calibration: Calibration | None
+    batch: int | Literal["auto"]
+    device: torch.device
+    clock: Callable[[], float]
+    observe: Callable[[Check], None]
+
+    def run(self, queue: _Queue, available: int) -> Iterator[Fitted]:
+        """Fit data of one sample count until no more of them wait."""
+        sampler = Sampler(available, available if self.samples == "full" else self.samples, self.sampling)
+        capacity = self.batch
+        if capacity == "auto":
+            capacity = batch_slots(self.field, min(sampler.per_step, available), available, self.device)
+        batch = self._new_batch(queue, sampler, capacity)
+        self._look(batch, batch.occupied)
+        while batch.occupied:
+            before, active = self.clock(), batch.occupied
+            batch.advance(self.stop.cadence)
+            for index in active:
+                batch.slot(index).step += self.stop.cadence
+            measured = self._look(batch, active)
+            share = (self.clock() - before) / len(active)
+            for index in active:
+                batch.slot(index).wall_seconds += share
+            fresh, leaving = [], []
+            for index in active:
+                verdict = self._verdict(batch.slot(index), *measured[index])
+                if verdict is Result.DIVERGED and batch.slot(index).restarts < self.stop.max_restarts:
+                    slot = batch.slot(index).restarted()
+                    batch.reset(index, slot, self._start_row(slot.id))
+                    fresh.append(index)
+                elif verdict is not None:
+                    leaving.append((index, verdict))
+            yield from self._leave(batch, leaving)
+            self.observe(Check(len(active), len(leaving), len(active) * self.stop.cadence))
+            fresh += self._refill(batch, queue, available, capacity)
+            self._look(batch, fresh)
+            self._compact(batch)
+
+    def _start_row(self, datum_id: str) -> Tensor:
+        """Where a field starts: [P]."""
+        if self.theta0 is not None:
+            return self.theta0
+        seeds = as_tensor([datum_seed(self.seed, datum_id)], self.device)
+        return self.field.layout.ravel(self.field.init(seeds))[0]
+
+    def _new_batch(self, queue: _Queue, sampler: Sampler, capacity: int) -> Batch:
+        taken = []
+        while len(taken) < capacity and (datum := queue.take(sampler.available, capacity)) is not None:
+            taken.append(datum)
+        slots: list[Slot | None] = [Slot(datum_id, datum_seed(self.seed, datum_id)) for datum_id, _ in taken]
+        while len(taken) < MINIMUM_SLOTS:
+            taken.append(taken[0])
+            slots.append(None)
+        masks = [s.mask for _, s in taken if s.mask is not None]
+        return Batch(
+            self.field,
+            self.signal,
+            self.optimizer,
+            sampler,
+            self.calibration,
+            rows=torch.stack([self._start_row(datum_id) for datum_id, _ in taken]),
+            samples=Samples(
+                torch.stack([s.coordinates for _, s in taken]).to(self.device),
+                torch.stack([s.values for _, s in taken]).to(self.device),
+                torch.stack(masks).to(self.device) if masks else None,
+            ),
+            seeds=as_tensor([datum_seed(self.seed, datum_id) for datum_id, _ in taken], self.device),
+            slots=slots,
+        )
+
+    def _look(self, batch: Batch, indices: list[int]) -> dict[int, tuple[float, float]]:
+        """Measure these slots over all their samples, note it, and keep the params that are best so far."""
+        if not indices:
+            return {}
+        padded = indices + indices[:1] * (MINIMUM_SLOTS - len(indices))
+        rows, samples = batch.picked(padded)
+        loss, quality = (t.tolist() for t in evaluate(self.field, self.signal, rows, samples))
+        better = []
+        for index, slot_loss, slot_quality in zip(indices, loss, quality, strict=False):
+            slot = batch.slot(index)
+            slot.history_step.append(slot.step)
+            slot.history_quality.append(slot_quality)
+            if slot.step == 0:
+                slot.start_loss = slot_loss
+            if slot_quality > slot.best_quality:
+                slot.best_loss, slot.best_quality = slot_loss, slot_quality
+                better.append(index)
+        batch.remember(better)
+        return dict(zip(indices, zip(loss, quality, strict=True), strict=False))
+
+    def _verdict(self, slot: Slot, loss: float, quality: float) -> Result | None:
+        """Why the field leaves now, or None if it goes on."""
+        if self.stop.target is not None and quality >= self.stop.target:
+            return Result.CONVERGED
+        fallen = loss > _FALLEN * slot.best_loss and loss > slot.start_loss / _FALLEN
+        if not math.isfinite(loss) or fallen or loss > 2 * slot.start_loss:
+            return Result.DIVERGED
+        if slot.step >= self.stop.max_steps:
+            return Result.MAX_STEPS
+        checks = self.stop.plateau_checks
+        if checks is not None and len(slot.history_quality) > checks:
+            before = max(slot.history_quality[:-checks])
+            if max(slot.history_quality[-checks:]) < before + self.stop.plateau_gain:
+                return Result.PLATEAU
+        return None
+
+    def _leave(self, batch: Batch, leaving: list[tuple[int, Result]]) -> Iterator[Fitted]:
+        if not leaving:
+            return
+        weights = batch.best_rows[[index for index, _ in leaving]].cpu()
+        for row, (index, verdict) in zip(weights, leaving, strict=True):
+            slot = batch.slot(index)
+            batch.slots[index] = None
+            yield Fitted(
+                id=slot.id,
+                weights=row,
+                loss=slot.best_loss,
+                quality=slot.best_quality,
+                steps=slot.step,
+                result=verdict,
+                seed=slot.seed,
+                restarts=slot.restarts,
+                steps_to_target=slot.step if verdict is Result.CONVERGED else None,
+                wall_seconds=slot.wall_seconds,
+                history_step=slot.history_step,
+                history_quality=slot.history_quality,
+            )
+
+    def _refill(self, batch: Batch, queue: _Queue, available: int, lookahead: int) -> list[int]:
+        """Put waiting data into the empty slots; which slots these were."""
+        filled = []
+        for index, occupant in enumerate(batch.slots):
+            if occupant is not None or (datum := queue.take(available, lookahead)) is None:
+                continue
+            datum_id, samples = datum
+            slot = Slot(datum_id, datum_seed(self.seed, datum_id))
+            batch.fill(index, slot, self._start_row(datum_id), samples)
+            filled.append(index)
+        return filled
+
+    def _compact(self, batch: Batch) -> None:
+        """Drop empty slots that nothing waits for. On a GPU only by halves: each size is a shape of its own."""
+        occupied = batch.occupied
+        if not occupied or len(occupied) == len(batch.slots):
+            return
+        if self.device.type == "cuda" and len(occupied) > len(batch.slots) // 2:
+            return
+        idle = [index for index, slot in enumerate(batch.slots) if slot is None]
+        kept = sorted(occupied + idle[: max(0, MINIMUM_SLOTS - len(occupied))])
+        if len(kept) < len(batch.slots):
+            batch.keep(kept)

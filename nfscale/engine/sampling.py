@@ -1,0 +1,78 @@
+"""Which of a field's own samples enter a step: keyed by the datum's seed and the field's own step.
+
+Stratified: the ordered samples are cut into as many runs as a step takes samples, and each step takes
+one sample of every run, without replacement until the run is used up. The order within a run is an
+affine permutation a t + c (mod length) with a random unit a and offset c, drawn anew for every pass;
+it costs one word per run and pass, where sorting random keys would cost one per sample.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import gcd
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nfscale.rng import Stream, philox, words
+
+Sampling = Literal["stratified", "uniform"]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws `per_step` of `available` samples for each field and step."""
+
+    available: int
+    per_step: int
+    kind: Sampling = "stratified"
+
+    @property
+    def is_full(self) -> bool:
+        return self.per_step >= self.available
+
+    def positions(self, seeds: Tensor, first_step: Tensor, count: int) -> Tensor:
+        """Sample positions of `count` steps from `first_step` [F] on: int64 [F, count, per_step]."""
+        if self.kind == "uniform":
+            return self._uniform(seeds, first_step, count)
+        return self._stratified(seeds, first_step, count)
+
+    def _uniform(self, seeds: Tensor, first_step: Tensor, count: int) -> Tensor:
+        steps = first_step[:, None] + torch.arange(count, device=seeds.device)
+        every = seeds[:, None].expand_as(steps).reshape(-1)
+        drawn = words(every, Stream.SAMPLING, steps.reshape(-1), self.per_step)
+        return ((drawn * self.available) >> 32).view(len(seeds), count, self.per_step)
+
+    @cached_property
+    def _runs(self) -> tuple[Tensor, Tensor]:
+        """Start and length of each run: int64 [per_step], [per_step]."""
+        edges = torch.arange(self.per_step + 1) * self.available // self.per_step
+        return edges[:-1], edges[1:] - edges[:-1]
+
+    @cached_property
+    def _units(self) -> tuple[Tensor, Tensor]:
+        """For each run: a row of multipliers coprime with its length (padded), and how many there are."""
+        lengths = self._runs[1].tolist()
+        of_length = {n: [a for a in range(1, n + 1) if gcd(a, n) == 1] for n in set(lengths)}
+        longest = max(len(units) for units in of_length.values())
+        table = torch.tensor([of_length[n] + [0] * (longest - len(of_length[n])) for n in lengths])
+        return table, torch.tensor([len(of_length[n]) for n in lengths])
+
+    def _stratified(self, seeds: Tensor, first_step: Tensor, count: int) -> Tensor:
+        device = seeds.device
+        starts, lengths = (t.to(device) for t in self._runs)
+        units, unit_counts = (t.to(device) for t in self._units)
+        runs = torch.arange(self.per_step, device=device)
+        steps = first_step[:, None, None] + torch.arange(count, device=device)[None, :, None]
+        passes, places = steps // lengths, steps % lengths  # [F, count, per_step]
+        first_pass = first_step[:, None] // lengths  # [F, per_step]
+        spanned = (count - 1) // int(self._runs[1].min()) + 2  # passes that `count` steps can touch
+        pass_numbers = first_pass[:, :, None] + torch.arange(spanned, device=device)
+        w0, w1, _, _ = philox(seeds[:, None, None], (runs[None, :, None], pass_numbers, int(Stream.SAMPLING), 0))
+        offsets = (w0 * lengths[:, None]) >> 32
+        chosen = (w1 * unit_counts[:, None]) >> 32
+        multipliers = units[runs[:, None], chosen]  # [F, per_step, spanned]
+        which = (passes - first_pass[:, None, :]).transpose(1, 2)  # [F, per_step, count]
+        multiplier = multipliers.gather(2, which).transpose(1, 2)
+        offset = offsets.gather(2, which).transpose(1, 2)
+        return starts + (multiplier * places + offset) % lengths

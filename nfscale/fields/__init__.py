@@ -1,0 +1,30 @@
+"""What is fitted: functions from coordinates to values, many at once, each with params of its own.
+
+A field is frozen data with two verbs: `init(seeds [F]) -> Params` and
+`apply(params, coordinates [F|1, N, D]) -> [F, N, C]`. Axis 0 is the field and nothing reduces over it.
+"""
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from nfscale.fields.mlp import MLP
+from nfscale.layout import Layout, Params
+
+
+class Field(Protocol):
+    """The contract of every entry of `FIELDS`."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    def init(self, seeds: Tensor) -> Params: ...
+
+    def apply(self, params: Params, coordinates: Tensor) -> Tensor: ...
+
+    def forward_description(self) -> dict[str, Any]: ...
+
+
+FIELDS: dict[str, type] = {"mlp": MLP}
+
+__all__ = ["FIELDS", "MLP", "Field"]

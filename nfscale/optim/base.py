@@ -1,0 +1,62 @@
+"""The contract of an optimiser."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+from torch import Tensor
+
+from nfscale.layout import Params
+
+State = dict[str, Any]
+"""What an optimiser remembers: tensors [F, ...] and dicts of them, so that slots can be picked by index."""
+
+Need = Literal["hv", "diagonal"]
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What the loop knows at this step and an optimiser may use."""
+
+    step: Tensor
+    """int64 [F]: updates this field has had before this one."""
+    rate: Tensor
+    """float32 [F]: factor on the learning rate; 1, or halved for each restart of the field."""
+    hv: Params | None = None
+    """Hessian-vector products with Rademacher probes, where `needs` has "hv" and some field wants one now."""
+    hv_fields: Tensor | None = None
+    """bool [F]: the fields whose `hv` counts at this step."""
+    diagonal: Params | None = None
+    """Equilibrated diagonal sqrt(E[(Hv)^2]) shared by the fields, where `needs` has "diagonal"."""
+    step_rms: Tensor | None = None
+    """float32 [F]: typical root mean square of a preconditioned step, where `needs` has "diagonal"."""
+
+
+class Optimizer(Protocol):
+    """The contract of every entry of `OPTIMIZERS`."""
+
+    elementwise: ClassVar[bool]
+    """Each weight is treated alone, so the loop may hand over whole rows {"rows": [F, P]} instead of tensors by name."""
+
+    @property
+    def needs(self) -> frozenset[Need]: ...
+
+    def init(self, params: Params) -> State: ...
+
+    def update(self, grads: Params, state: State, params: Params, extra: Extra) -> tuple[Params, State]:
+        """Updates to be added to the params, and the next state. State tensors may be reused in place."""
+        ...
+
+    def wants_curvature(self, step: Tensor) -> Tensor:
+        """Whether a field at this step [F] wants a Hessian-vector product: bool [F]."""
+        ...
+
+
+def per_field(values: Tensor, like: Tensor) -> Tensor:
+    """[F] shaped so that it broadcasts against a tensor [F, ...]."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def map_params(function: Callable[..., Tensor], *params: Params) -> Params:
+    """Apply a function to the tensors of the same name."""
+    return {name: function(*(p[name] for p in params)) for name in params[0]}

@@ -1,0 +1,138 @@
+"""Images: pixel centres to values in [0, 1], mean squared error, PSNR.
+
+Samples are in Z-order (Morton), so that a run of 4^k neighbours in the order is a square block of
+pixels: that is what makes a stratified draw cover the image (one pixel per block).
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nfscale.signals.base import Samples, mean_squared_error, psnr_db
+
+_SHIFT = 0.5
+"""Fields represent value - 0.5. Their first residual is then at most half the range: with values in [0, 1]
+the brightest tiles of photographs start with residuals so large that preconditioned steps throw them off."""
+
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, what image readers use for "L"
+
+
+@dataclass(frozen=True)
+class Image:
+    """Images of `channels` channels, any height and width.
+
+    Coordinates are (y, x) of the pixel centres, each axis spanning [-1, 1] from edge to edge: pixel i of
+    n lies at (2 i + 1) / n - 1, so a field decodes at any resolution without a shift.
+    """
+
+    channels: int
+    convert: Literal["grey", "rgb"] | None = None
+    """Turn images of other channel counts into this one instead of refusing them."""
+
+    dimensions = 2
+    quality_name = "psnr_db"
+
+    @classmethod
+    def channels_of(cls, datum: np.ndarray, convert: Literal["grey", "rgb"] | None) -> int:
+        """Channels of the fields that this datum asks for."""
+        return {"grey": 1, "rgb": 3}[convert] if convert else _as_values(datum).shape[2]
+
+    def samples(self, datum: np.ndarray) -> Samples:
+        """[H, W] or [H, W, C], integers of full range or floats in [0, 1] -> samples in Z-order."""
+        values = _converted(_as_values(datum), self.convert)
+        height, width, channels = values.shape
+        if channels != self.channels:
+            raise ValueError(
+                f"the image has {channels} channels, the fields of this run have {self.channels}; "
+                "signal.convert=grey or rgb would convert it"
+            )
+        order = _z_order(height, width)
+        flat = values.reshape(-1, channels)[order] - np.float32(_SHIFT)
+        return Samples(_pixel_centres(height, width)[torch.from_numpy(order)], torch.from_numpy(flat))
+
+    def loss(self, predicted: Tensor, samples: Samples) -> Tensor:
+        return mean_squared_error(predicted, samples)
+
+    def quality(self, predicted: Tensor, samples: Samples) -> Tensor:
+        return psnr_db(predicted, samples)
+
+    def measures(self, datum: np.ndarray) -> dict[str, float]:
+        return {"height": float(datum.shape[0]), "width": float(datum.shape[1])}
+
+    def shape_of(self, measures: dict[str, float]) -> tuple[int, int]:
+        """The (height, width) that `measures` recorded."""
+        return int(measures["height"]), int(measures["width"])
+
+    def coordinates(self, shape: tuple[int, ...]) -> Tensor:
+        height, width = shape
+        return _pixel_centres(height, width)
+
+    def reconstruct(self, values: Tensor, shape: tuple[int, ...]) -> np.ndarray:
+        """[F, H * W, C] in row order -> [F, H, W, C], clamped to [0, 1]."""
+        height, width = shape
+        return (values.detach().cpu() + _SHIFT).clamp(0, 1).reshape(-1, height, width, self.channels).numpy()
+
+    def forward_description(self) -> dict[str, Any]:
+        return {
+            "kind": "image",
+            "channels": self.channels,
+            "convert": self.convert,
+            "coordinates": "(y, x) of pixel centres, (2 i + 1) / n - 1 on an axis of n pixels, in [-1, 1]",
+            "coordinate_range": [-1.0, 1.0],
+            "output": {"scale": 1.0, "shift": _SHIFT, "meaning": "value = scale * y + shift, in [0, 1] of full range"},
+            "quality": "psnr_db with peak 1, on values that are not clamped",
+        }
+
+
+def _as_values(datum: np.ndarray) -> np.ndarray:
+    """Any image array as float32 [H, W, C] in units of its full range."""
+    if datum.ndim == 2:
+        datum = datum[:, :, None]
+    if datum.ndim != 3 or 0 in datum.shape:
+        raise ValueError(f"an image is [height, width] or [height, width, channels], got shape {list(datum.shape)}")
+    if datum.dtype == bool:
+        return datum.astype(np.float32)
+    if np.issubdtype(datum.dtype, np.integer):
+        return datum.astype(np.float32) / np.float32(np.iinfo(datum.dtype).max)
+    values = datum.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError("the image holds NaN or infinite values")
+    if values.min() < 0 or values.max() > 1:
+        raise ValueError(f"float images are in [0, 1], got values from {values.min():.4g} to {values.max():.4g}")
+    return values
+
+
+def _converted(values: np.ndarray, convert: str | None) -> np.ndarray:
+    channels = values.shape[2]
+    if convert is None or channels == {"grey": 1, "rgb": 3}[convert]:
+        return values
+    if channels in (2, 4):  # the last channel is opacity: composite on white, as a page shows it
+        opacity = values[:, :, -1:]
+        return _converted(values[:, :, :-1] * opacity + (1 - opacity), convert)
+    if convert == "grey" and channels == 3:
+        return (values @ _LUMA)[:, :, None]
+    if convert == "rgb" and channels == 1:
+        return values.repeat(3, axis=2)
+    raise ValueError(f"no conversion from {channels} channels to {convert}")
+
+
+@lru_cache(maxsize=64)
+def _pixel_centres(height: int, width: int) -> Tensor:
+    """[H * W, 2] in row order."""
+    axes = [(2 * torch.arange(n, dtype=torch.float64) + 1) / n - 1 for n in (height, width)]
+    return torch.cartesian_prod(*axes).to(torch.float32)
+
+
+@lru_cache(maxsize=64)
+def _z_order(height: int, width: int) -> np.ndarray:
+    """Row-order positions [H * W] of the pixels, visited along the Morton curve."""
+    y, x = (index.ravel().astype(np.uint64) for index in np.indices((height, width)))
+    code = np.zeros_like(y)
+    for bit in range(max(height, width).bit_length()):
+        code |= ((x >> np.uint64(bit)) & np.uint64(1)) << np.uint64(2 * bit)
+        code |= ((y >> np.uint64(bit)) & np.uint64(1)) << np.uint64(2 * bit + 1)
+    return np.argsort(code, kind="stable")
