@@ -39,12 +39,10 @@ def _loss_of(field: Field, signal: Signal, samples: Samples):
 
 
 @torch.no_grad()
-def evaluate(
-    field: Field, signal: Signal, rows: Tensor, samples: Samples, width: int | None = None
-) -> tuple[Tensor, Tensor]:
+def evaluate(field: Field, signal: Signal, rows: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
     """Loss [F] and quality [F] over all samples of each field, a few fields at a time."""
     count, available = samples.values.shape[:2]
-    widest = width or max(entry.shape[0] for entry in field.layout.entries)
+    widest = max(entry.shape[0] for entry in field.layout.entries)
     chunk = max(2, _EVALUATION_BYTES // (4 * available * widest))
     losses, qualities = [], []
     start = 0
@@ -52,22 +50,19 @@ def evaluate(
         # A lone field may take another path through the matrix library, so no chunk is left with one.
         stop = count if count - start <= chunk + 1 else start + chunk
         part = slice_fields(samples, start, stop)
-        predicted = field.apply(unravel_range(field.layout, rows, start, stop), part.coordinates)
+        predicted = field.apply(field.layout.unravel(rows[start:stop]), part.coordinates)
         losses.append(signal.loss(predicted, part))
         qualities.append(signal.quality(predicted, part))
         start = stop
     return torch.cat(losses), torch.cat(qualities)
 
 
-def unravel_range(layout: Layout, rows: Tensor, start: int, stop: int) -> Params:
-    """Params of the fields start .. stop - 1."""
-    return layout.unravel(rows[start:stop])
-
-
 def slice_fields(samples: Samples, start: int, stop: int) -> Samples:
     """Samples of the fields start .. stop - 1."""
     mask = samples.mask
-    return Samples(samples.coordinates[start:stop], samples.values[start:stop], None if mask is None else mask[start:stop])
+    return Samples(
+        samples.coordinates[start:stop], samples.values[start:stop], None if mask is None else mask[start:stop]
+    )
 
 
 def gather_samples(samples: Samples, positions: Tensor) -> Samples:

@@ -22,7 +22,9 @@ class Field(Protocol):
 
     def apply(self, params: Params, coordinates: Tensor) -> Tensor: ...
 
-    def forward_description(self) -> dict[str, Any]: ...
+    def forward_description(self) -> dict[str, Any]:
+        """The exact forward, for a reader who has the table and no nfscale: `kind`, `keys` and a formula."""
+        ...
 
 
 FIELDS: dict[str, type] = {"mlp": MLP}

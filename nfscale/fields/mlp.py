@@ -8,9 +8,9 @@ multiplied by it; biases and omega stay; 1 is SIREN exactly.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,10 +28,15 @@ class MLP:
     channels: int
     width: int = 64
     depth: int = 4
-    activation: str = "sine"
+    activation: Literal["sine"] = "sine"
     omega_0: float = 30.0
     omega_hidden: float = 30.0
-    weight_scale: float = 1.0
+    weight_scale: float = 1.5
+
+    def __post_init__(self) -> None:
+        for name in ("dimensions", "channels", "width", "depth", "omega_0", "omega_hidden", "weight_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is above 0, got {getattr(self, name)}")
 
     @cached_property
     def shapes(self) -> tuple[tuple[int, int], ...]:
@@ -81,16 +86,10 @@ class MLP:
         return hidden
 
     def forward_description(self) -> dict[str, Any]:
-        """The exact forward in words and numbers, for a reader who has the table and no nfscale."""
+        """The exact forward, for a reader who has the table and no nfscale; `keys` rebuild the field."""
         return {
             "kind": "mlp",
-            "dimensions": self.dimensions,
-            "channels": self.channels,
-            "width": self.width,
-            "depth": self.depth,
-            "activation": self.activation,
-            "omega_0": self.omega_0,
-            "omega_hidden": self.omega_hidden,
+            "keys": asdict(self),
             "formula": (
                 "h = sin(omega_0 * (layers.0.weight @ x + layers.0.bias)); then for l = 1 .. depth-1: "
                 "h = sin(omega_hidden * (layers.l.weight @ h + layers.l.bias)); "

@@ -36,7 +36,7 @@ class Optimizer(Protocol):
     """The contract of every entry of `OPTIMIZERS`."""
 
     elementwise: ClassVar[bool]
-    """Each weight is treated alone, so the loop may hand over whole rows {"rows": [F, P]} instead of tensors by name."""
+    """Each weight is treated alone: the loop may hand over whole rows {"rows": [F, P]} instead of tensors by name."""
 
     @property
     def needs(self) -> frozenset[Need]: ...

@@ -51,6 +51,10 @@ class Signal(Protocol):
         """What the table's `metrics` says of the datum itself, such as its height and width."""
         ...
 
+    def shape_of(self, measures: dict[str, float]) -> tuple[int, ...]:
+        """The shape of the datum that `measures` came from."""
+        ...
+
     def coordinates(self, shape: tuple[int, ...]) -> Tensor:
         """Coordinates [N, D] at which `reconstruct` wants the values of a datum of this shape."""
         ...

@@ -4,7 +4,7 @@ Samples are in Z-order (Morton), so that a run of 4^k neighbours in the order is
 pixels: that is what makes a stratified draw cover the image (one pixel per block).
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -79,12 +79,12 @@ class Image:
     def forward_description(self) -> dict[str, Any]:
         return {
             "kind": "image",
-            "channels": self.channels,
-            "convert": self.convert,
+            "keys": asdict(self),
+            "quality_name": self.quality_name,
             "coordinates": "(y, x) of pixel centres, (2 i + 1) / n - 1 on an axis of n pixels, in [-1, 1]",
             "coordinate_range": [-1.0, 1.0],
             "output": {"scale": 1.0, "shift": _SHIFT, "meaning": "value = scale * y + shift, in [0, 1] of full range"},
-            "quality": "psnr_db with peak 1, on values that are not clamped",
+            "quality": "psnr_db is 10 log10(1 / mean squared error), on values that are not clamped",
         }
 
 

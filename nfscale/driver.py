@@ -1,0 +1,293 @@
+"""The loop that serves the coordinator: idle workers get leases, what happens to them is told back.
+
+Everything durable is in the run folder, so a driver may die at any moment; the next one reads the
+commits and continues. Observers are told what happens and decide for themselves what to do with it.
+"""
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Protocol
+
+from nfscale.coordinator import Coordinator, Failure, Lease
+from nfscale.datasets.base import ids_digest
+from nfscale.encode import OpenRun, Progress, ShardReport, calibrate_run, encode_shard, make_plan, new_attempt
+from nfscale.errors import CallerError, EncodeError
+from nfscale.job import EncodeJob
+from nfscale.store.run_folder import Commit, Plan, RunFolder, Shard
+
+_POLL_SECONDS = 0.5
+
+
+# --- what a pool of workers tells the driver
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """A worker finished some fields of its lease."""
+
+    worker: str
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Succeeded:
+    """A worker's lease is committed; `report` is None for the calibration."""
+
+    worker: str
+    report: ShardReport | None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A worker's lease is over without a commit. A worker that is lost is no longer among the idle ones."""
+
+    worker: str
+    failure: Failure
+    message: str
+
+
+Event = Advanced | Succeeded | Failed
+
+
+class Pool(Protocol):
+    """Workers, each with at most one lease."""
+
+    def idle(self) -> list[str]:
+        """Workers that are alive and have no lease."""
+        ...
+
+    def start(self, lease: Lease) -> None:
+        """Let `lease.worker` begin."""
+        ...
+
+    def poll(self, seconds: float) -> list[Event]:
+        """What happened, after waiting at most this long for something to happen."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Observer(Protocol):
+    """Someone who watches a run: a progress bar, a tracker."""
+
+    def on_start(self, folder: RunFolder, plan: Plan, commits: list[Commit]) -> None: ...
+
+    def on_progress(self, progress: Progress) -> None: ...
+
+    def on_commit(self, commit: Commit) -> None: ...
+
+    def on_tick(self) -> None: ...
+
+
+@dataclass
+class InProcessPool:
+    """One worker in this process, without Ray: for debugging, and on one thread, so that results do not depend on it."""
+
+    folder: RunFolder
+    _lease: Lease | None = None
+    _work: Iterator[Progress | ShardReport | None] | None = None
+    _run: OpenRun | None = None
+
+    def idle(self) -> list[str]:
+        return [] if self._lease else ["in-process"]
+
+    def start(self, lease: Lease) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        self._run = self._run or OpenRun(self.folder)
+        self._lease, self._work = lease, work_on(self._run, lease)
+
+    def poll(self, seconds: float) -> list[Event]:
+        if self._lease is None or self._work is None:
+            return []
+        worker = self._lease.worker
+        try:
+            event = next(self._work)
+        except Exception as error:
+            self._lease = None
+            return [Failed(worker, Failure.TASK, explained(error))]
+        if isinstance(event, Progress):
+            return [Advanced(worker, event)]
+        self._lease = None
+        return [Succeeded(worker, event)]
+
+    def close(self) -> None:
+        self._work = None
+
+
+def work_on(run: OpenRun, lease: Lease) -> Iterator[Progress | ShardReport | None]:
+    """A worker's whole work on a lease; the last thing it yields is the report (None for the calibration)."""
+    if lease.shard is None:
+        calibrate_run(run)
+        yield None
+        return
+    yield from encode_shard(
+        run,
+        lease.shard,
+        attempt=new_attempt(),
+        order=lease.id,
+        worker=lease.worker,
+        quarantine=lease.quarantine,
+    )
+
+
+def explained(error: BaseException) -> str:
+    """One line about an exception, with its type where the message alone does not say enough."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, (EncodeError, CallerError)) else f"{type(error).__name__}: {text}"[:1000]
+
+
+# --- a run
+
+
+@dataclass
+class Summary:
+    """How a run stands, over all its drivers."""
+
+    output: str
+    name: str
+    fields: int = 0
+    failed: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    """Of this driver, first lease to last commit."""
+    fitted_here: int = 0
+    """Fields that this driver's workers committed."""
+    was_complete: bool = False
+
+    @property
+    def fields_per_second(self) -> float:
+        return self.fitted_here / self.seconds if self.seconds else 0.0
+
+
+def open_run(job: EncodeJob, device: str = "cpu") -> tuple[RunFolder, Plan]:
+    """The run folder with its frozen plan: made now, or found there.
+
+    Raises:
+        CallerError: if the folder belongs to another job or holds something else.
+    """
+    folder = RunFolder(job.output)
+    if folder.has_plan:
+        plan = folder.plan()
+        folder.refuse_other(plan, job.fingerprint(ids_digest(job.open_dataset().ids)), job.model_dump(mode="json"))
+        return folder, plan
+    if folder.path.exists():
+        if not folder.path.is_dir():
+            raise CallerError(f"output {str(folder.path)!r} is a file; give a folder")
+        if others := sorted(p.name for p in folder.path.iterdir() if not p.name.startswith(".")):
+            raise CallerError(
+                f"output {str(folder.path)!r} is not empty and not a run folder (it holds {', '.join(others[:3])}); "
+                "give a new folder"
+            )
+    plan = make_plan(job, device)
+    try:
+        return folder, folder.freeze(plan)
+    except OSError as error:
+        raise CallerError(f"cannot write the output {str(folder.path)!r}: {error.strerror or error}") from error
+
+
+def remaining(shards: Sequence[Shard], commits: Sequence[Commit]) -> list[Shard]:
+    """What is not committed yet; a shard of which a part is committed stays cut where it was cut."""
+    done = {commit.shard for commit in commits}
+    open_shards: list[Shard] = []
+
+    def visit(shard: Shard) -> None:
+        if shard.name in done:
+            return
+        below = f"{shard.name}-" if not shard.part else shard.name
+        if any(name.startswith(below) for name in done):
+            for half in shard.halves():
+                visit(half)
+        else:
+            open_shards.append(shard)
+
+    for shard in shards:
+        visit(shard)
+    return open_shards
+
+
+def serve(
+    folder: RunFolder, plan: Plan, pool: Pool, observers: Sequence[Observer], allow_missing_calibration: bool = False
+) -> Summary:
+    """Give out leases until every datum has a committed row.
+
+    Raises:
+        EncodeError: if the run cannot go on; what is committed stays.
+    """
+    commits = folder.commits()
+    job = EncodeJob.model_validate(plan.job)
+    coordinator = Coordinator(
+        remaining(plan.shards(), commits),
+        calibrate=job.needs_calibration and not folder.has_calibration and not allow_missing_calibration,
+        first_lease=max((commit.order for commit in commits), default=-1) + 1,
+    )
+    summary = Summary(str(folder.path), job.name)
+    started = time.monotonic()
+    leases: dict[str, Lease] = {}
+    while not coordinator.finished:
+        if coordinator.fatal:
+            raise EncodeError(coordinator.fatal)
+        for worker in pool.idle():
+            if lease := coordinator.lease(worker):
+                leases[worker] = lease
+                pool.start(lease)
+        for event in pool.poll(_POLL_SECONDS):
+            match event:
+                case Advanced(_, progress):
+                    for observer in observers:
+                        observer.on_progress(progress)
+                case Succeeded(worker, report):
+                    coordinator.succeeded(leases.pop(worker))
+                    if report is not None and report.won:
+                        summary.fitted_here += report.commit.rows
+                        for observer in observers:
+                            observer.on_commit(report.commit)
+                case Failed(worker, failure, message):
+                    if lease := leases.pop(worker, None):
+                        coordinator.failed(lease, failure, message)
+        for observer in observers:
+            observer.on_tick()
+    summary.seconds = time.monotonic() - started
+    rows = sum(commit.rows for commit in folder.commits())
+    if rows != plan.data_count:
+        raise EncodeError(f"the commits hold {rows} rows of {plan.data_count} data; `nfscale verify` says which")
+    folder.finish(rows)
+    return summary
+
+
+def totals(folder: RunFolder, summary: Summary) -> Summary:
+    """Fill in the counts over all commits."""
+    summary.counts, summary.fields, summary.failed = {}, 0, 0
+    for commit in folder.commits():
+        summary.fields += commit.rows
+        summary.failed += commit.failed
+        for status, count in commit.counts.items():
+            summary.counts[status] = summary.counts.get(status, 0) + count
+    return summary
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived: leave in good order."""
+
+
+@contextlib.contextmanager
+def orderly_termination() -> Iterator[None]:
+    """Turn SIGTERM into `Terminated` where this runs in the main thread."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, handler)
+    except ValueError:  # not the main thread: the embedding program owns the signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

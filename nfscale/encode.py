@@ -1,0 +1,416 @@
+"""What a worker does: read a shard, fit it, write its rows, commit them. And what comes before: the plan.
+
+A shard is idempotent: its rows depend on the plan alone, its file has a name of its own, and of several
+attempts the first to commit counts.
+"""
+
+import importlib.metadata
+import platform
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from nfscale.datasets import Dataset, Datum, seeded_sample
+from nfscale.datasets.base import ids_digest, read_range
+from nfscale.engine import Calibration, Fitted, calibrate, fit
+from nfscale.engine.loop import theta0_of
+from nfscale.engine.sampling import Sampler
+from nfscale.errors import CallerError, EncodeError
+from nfscale.fields import Field
+from nfscale.job import FORMAT_VERSION, EncodeJob
+from nfscale.optim import Optimizer
+from nfscale.rng import as_tensor, datum_seed
+from nfscale.signals import SIGNALS, Samples, Signal
+from nfscale.store import files
+from nfscale.store.run_folder import Commit, Plan, RunFolder, Shard
+from nfscale.store.schema import LabelType, Row, to_table, write_parquet
+
+_SHARD_SECONDS = 15.0  # of work: what a lost worker costs, and short enough that all workers end together
+_ASSUMED_FLOPS = {"cpu": 20e9, "cuda": 10e12}  # useful rate of one worker; only decides how data are cut
+_SHARD_FIELDS = (16, 4096)
+_MINIMUM_SHARDS = 8
+_REPORT_SECONDS = 0.5  # between two reports of progress: a message per field would cost more than it tells
+_PROBED_DATA = 100  # data tried until one is readable, where channels or calibration need one
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Some fields of a shard are done, not yet committed."""
+
+    shard: str
+    qualities: list[float]
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What became of an attempt at a shard."""
+
+    commit: Commit
+    won: bool
+    """False if another attempt had committed before; its rows count, these are gone."""
+
+
+# --- the plan
+
+
+def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
+    """Everything that is decided once per run, from the job and the dataset.
+
+    Raises:
+        CallerError: if the dataset is empty or none of its first data can be read.
+    """
+    dataset = job.open_dataset()
+    if not dataset.ids:
+        raise CallerError("the dataset is empty")
+    _, signal, samples = _first_readable(job, dataset)
+    field = job.build_field(signal.dimensions, signal.channels)
+    available = len(samples.values)
+    per_step = available if job.fit.samples == "full" else min(job.fit.samples, available)
+    digest = ids_digest(dataset.ids)
+    theta0 = theta0_of(field, job.seed).numpy() if job.field.init == "shared" else None
+    positions: list[int] = []
+    if job.needs_calibration:
+        wanted = job.optimizer.calibration_data
+        positions = seeded_sample(dataset.ids, 4 * wanted, job.seed, "calibration")
+    return Plan(
+        fingerprint=job.fingerprint(digest),
+        job=job.model_dump(mode="json"),
+        data_count=len(dataset.ids),
+        ids_sha256=digest,
+        label_type=_label_type(dataset),
+        samples_per_step=per_step,
+        shard_fields=_shard_fields(job, field, per_step, len(dataset.ids), device),
+        layout=field.layout,
+        forward={"field": field.forward_description(), "signal": signal.forward_description()},
+        theta0=theta0,
+        calibration_positions=tuple(positions),
+        versions=_versions(),
+        format=FORMAT_VERSION,
+    )
+
+
+def _first_readable(job: EncodeJob, dataset: Dataset) -> tuple[Datum, Signal, Samples]:
+    reason = ""
+    for datum in read_range(dataset, 0, min(_PROBED_DATA, len(dataset.ids))):
+        if datum.array is None:
+            reason = f"{datum.id}: {datum.error}"
+            continue
+        try:
+            signal = job.build_signal(_channels(job, datum))
+            return datum, signal, signal.samples(datum.array)
+        except ValueError as error:
+            reason = f"{datum.id}: {error}"
+    probed = min(_PROBED_DATA, len(dataset.ids))
+    raise CallerError(f"none of the first {probed} data can be read; the last of them, {reason}")
+
+
+def _channels(job: EncodeJob, datum: Datum) -> int:
+    if job.signal.channels != "auto":
+        return job.signal.channels
+    assert datum.array is not None
+    return SIGNALS[job.signal.kind].channels_of(datum.array, job.signal.convert)  # type: ignore[attr-defined]
+
+
+def _label_type(dataset: Dataset) -> LabelType:
+    """int64 where the first label is a number; labels of a dataset are all of one kind."""
+    for datum in read_range(dataset, 0, min(_PROBED_DATA, len(dataset.ids))):
+        if datum.label is not None:
+            return "int64" if isinstance(datum.label, int) else "string"
+    return "string"
+
+
+def _shard_fields(job: EncodeJob, field: Field, per_step: int, count: int, device: str) -> int:
+    if job.store.shard_fields != "auto":
+        return job.store.shard_fields
+    flops = 6 * field.layout.size * per_step * job.fit.max_steps  # forward and backward of one fit
+    by_time = int(_SHARD_SECONDS * _ASSUMED_FLOPS[device] / flops)
+    low, high = _SHARD_FIELDS
+    return max(low, min(by_time, high, -(-count // _MINIMUM_SHARDS)))
+
+
+def _versions() -> dict[str, str]:
+    packages = ("nfscale", "torch", "numpy", "pyarrow")
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found | {"python": platform.python_version()}
+
+
+# --- a run as a worker sees it
+
+
+class OpenRun:
+    """A run folder opened for work: the plan, and what is built from it, each once per process."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.plan = folder.plan()
+        self.job = EncodeJob.model_validate(self.plan.job)
+        self.signal: Signal = self.job.build_signal(self.plan.forward["signal"]["keys"]["channels"])
+        self.field: Field = self.job.build_field(self.signal.dimensions, self.signal.channels)
+        self.optimizer: Optimizer = self.job.build_optimizer(self.plan.samples_per_step)
+        if self.field.layout != self.plan.layout:
+            raise EncodeError("the field of this nfscale has another layout than the run's; use the run's version")
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The dataset, with the ids that the plan was made for.
+
+        Raises:
+            EncodeError: if they are others by now.
+        """
+        dataset = self.job.open_dataset()
+        if ids_digest(dataset.ids) != self.plan.ids_sha256:
+            raise EncodeError(
+                f"the dataset has other ids than when the run was planned ({len(dataset.ids)} data now, "
+                f"{self.plan.data_count} then); data were added, removed or renamed: restore them, or use a new output"
+            )
+        return dataset
+
+    @property
+    def theta0(self) -> Tensor | None:
+        return None if self.plan.theta0 is None else torch.from_numpy(self.plan.theta0)
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """What the fields share, as the run's first lease stored it."""
+        if not self.job.needs_calibration:
+            return None
+        _, step_rms, diagonal = self.folder.calibration()
+        every = self.job.optimizer.update_every
+        return Calibration(torch.from_numpy(diagonal.copy()), torch.from_numpy(step_rms.copy()), every)
+
+
+def calibrate_run(run: OpenRun) -> None:
+    """Estimate what the fields share and store it, put-if-absent: the first lease of a run.
+
+    Raises:
+        EncodeError: if too few data of the calibration sample can be read.
+    """
+    chosen = _calibration_samples(run)
+    seeds = as_tensor([datum_seed(run.job.seed, datum_id) for datum_id, _ in chosen])
+    available = len(chosen[0][1].values)
+    per_step = available if run.job.fit.samples == "full" else run.job.fit.samples
+    theta0 = run.theta0
+    assert theta0 is not None, "the job refuses shared curvature without a shared start"
+    device = _device()
+    calibration = calibrate(
+        run.field,
+        run.signal,
+        Samples(
+            torch.stack([s.coordinates for _, s in chosen]).to(device),
+            torch.stack([s.values for _, s in chosen]).to(device),
+        ),
+        seeds.to(device),
+        theta0,
+        optimizer=run.optimizer,  # type: ignore[arg-type]
+        stop=run.job.fit.stop(),
+        sampler=Sampler(available, per_step, run.job.fit.sampling),
+    ).to("cpu")
+    steps = [row * calibration.every for row in range(len(calibration.diagonal))]
+    if not bool(torch.isfinite(calibration.diagonal).all()):
+        raise EncodeError(
+            "the calibration diverged, so the fields would have no curvature to share; "
+            "use a smaller optimizer.learning_rate, or optimizer.kind=adam"
+        )
+    run.folder.write_calibration(steps, calibration.step_rms.numpy(), calibration.diagonal.numpy())
+
+
+def _calibration_samples(run: OpenRun) -> list[tuple[str, Samples]]:
+    """The first `calibration_data` readable data of one sample count, or all of the commonest count."""
+    wanted = run.job.optimizer.calibration_data
+    by_count: dict[int, list[tuple[str, Samples]]] = {}
+    for position in run.plan.calibration_positions:
+        datum = run.dataset.read(position)
+        prepared = _prepared(run.signal, datum)
+        if isinstance(prepared, Samples):
+            group = by_count.setdefault(len(prepared.values), [])
+            group.append((datum.id, prepared))
+            if len(group) == wanted:
+                return group
+    if not by_count:
+        raise EncodeError("none of the data drawn for the calibration can be read; see `nfscale status` after a fit")
+    group = max(by_count.values(), key=len)
+    return group if len(group) > 1 else group * 2  # a lone field takes another path through the matrix library
+
+
+def _prepared(signal: Signal, datum: Datum) -> Samples | str:
+    """A datum's samples, or the reason why it has none."""
+    if datum.array is None:
+        return datum.error or "unreadable"
+    try:
+        return signal.samples(datum.array)
+    except ValueError as error:
+        return str(error)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# --- a shard
+
+
+def encode_shard(
+    run: OpenRun, shard: Shard, *, attempt: str, order: int, worker: str, quarantine: str | None = None
+) -> Iterator[Progress | ShardReport]:
+    """Fit the data of a shard, write their rows and commit them; the report comes last.
+
+    Args:
+        attempt: names this attempt's file.
+        order: the rank of this lease.
+        quarantine: write the rows as `crashed` with this reason, without fitting.
+
+    Raises:
+        EncodeError: if the rows that were written are not the rows that are read back.
+    """
+    started = time.perf_counter()
+    rows: dict[str, Row] = {}
+    fit_seconds = 0.0
+    if quarantine is None:
+        for finished in _fitted(run, shard, attempt, rows):
+            yield Progress(shard.name, [f.quality for f in finished])
+        fit_seconds = sum(row.wall_seconds or 0.0 for row in rows.values())
+    else:
+        for position in range(shard.start, shard.stop):
+            datum_id = run.dataset.ids[position]
+            seed = datum_seed(run.job.seed, datum_id)
+            index = run.dataset.index_of(position)
+            rows[datum_id] = Row(datum_id, index, "crashed", shard.index, attempt, seed, reason=quarantine)
+    path = run.folder.data_file(shard, attempt)
+    ordered = sorted(rows.values(), key=lambda row: row.index)
+    _write(run, shard, ordered, path)
+    commit = _commit_of(run, shard, ordered, path, attempt, order, worker, started, fit_seconds)
+    won = run.folder.commit(commit)
+    if not won:
+        path.unlink(missing_ok=True)
+    yield ShardReport(commit, won)
+
+
+def _fitted(run: OpenRun, shard: Shard, attempt: str, rows: dict[str, Row]) -> Iterator[list[Fitted]]:
+    """Fit the shard, filling `rows`; yields the fields that finished since it last did."""
+
+    def data() -> Iterator[tuple[str, Samples]]:
+        for datum in read_range(run.dataset, shard.start, shard.stop):
+            seed = datum_seed(run.job.seed, datum.id)
+            row = Row(datum.id, datum.index, "decode_error", shard.index, attempt, seed, datum.split, datum.label)
+            rows[datum.id] = row
+            prepared = _prepared(run.signal, datum)
+            if isinstance(prepared, str):
+                row.reason = prepared
+            else:
+                assert datum.array is not None
+                row.metrics = run.signal.measures(datum.array)
+                yield datum.id, prepared
+
+    job = run.job
+    theta0 = run.theta0
+    fields = fit(
+        run.field,
+        run.signal,
+        data(),
+        optimizer=run.optimizer,
+        stop=job.fit.stop(),
+        seed=job.seed,
+        init="per_datum" if theta0 is None else theta0,
+        samples=job.fit.samples,
+        sampling=job.fit.sampling,
+        calibration=run.calibration,
+        batch=job.fit.batch,
+        clock=time.perf_counter,
+    )
+    together: list[Fitted] = []
+    reported = time.perf_counter()
+    for fitted in fields:
+        _fill(rows[fitted.id], fitted)
+        together.append(fitted)
+        if time.perf_counter() - reported > _REPORT_SECONDS:
+            yield together
+            together, reported = [], time.perf_counter()
+    if together:
+        yield together
+
+
+def _fill(row: Row, fitted: Fitted) -> None:
+    row.status, row.weights = str(fitted.result), fitted.weights.numpy()
+    row.loss, row.quality = fitted.loss, fitted.quality
+    row.steps, row.steps_to_target = fitted.steps, fitted.steps_to_target
+    row.history_step, row.history_quality = fitted.history_step, fitted.history_quality
+    row.wall_seconds = fitted.wall_seconds
+    if fitted.restarts:
+        row.metrics["restarts"] = float(fitted.restarts)
+    if not fitted.result.ok:
+        row.reason = (
+            f"diverged in each of {fitted.restarts + 1} attempts, the last at 1/{2**fitted.restarts} of the "
+            "learning rate; the weights are the best that any check saw"
+        )
+
+
+def _write(run: OpenRun, shard: Shard, rows: list[Row], path: Path) -> None:
+    """Write the rows and read them back: what is committed is what is on the disk."""
+    table = to_table(rows, run.plan.table_schema())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_parquet(table, path)
+    written = pq.read_table(path, columns=["datum_id", "index"])
+    if written["datum_id"].to_pylist() != [row.datum_id for row in rows] or len(rows) != len(shard):
+        path.unlink(missing_ok=True)
+        raise EncodeError(f"{path.name} holds {written.num_rows} rows after writing {len(rows)} of {len(shard)} data")
+    if not pq.read_schema(path).equals(table.schema):
+        path.unlink(missing_ok=True)
+        raise EncodeError(f"{path.name} was read back with another schema than it was written with")
+
+
+def _commit_of(
+    run: OpenRun,
+    shard: Shard,
+    rows: list[Row],
+    path: Path,
+    attempt: str,
+    order: int,
+    worker: str,
+    started: float,
+    fit_seconds: float,
+) -> Commit:
+    qualities = np.array([row.quality for row in rows if row.quality is not None and np.isfinite(row.quality)])
+    quality = {}
+    if len(qualities):
+        p05, p50, p95 = np.percentile(qualities, [5, 50, 95])
+        quality = {"mean": float(qualities.mean()), "p05": float(p05), "p50": float(p50), "p95": float(p95)}
+    steps = [row.steps for row in rows if row.steps is not None]
+    return Commit(
+        shard=shard.name,
+        index=shard.index,
+        start=shard.start,
+        stop=shard.stop,
+        file=str(path.relative_to(run.folder.path)),
+        rows=len(rows),
+        bytes=path.stat().st_size,
+        sha256=files.sha256_of(path),
+        attempt=attempt,
+        order=order,
+        worker=worker,
+        committed_at=time.time(),
+        seconds=time.perf_counter() - started,
+        fit_seconds=fit_seconds,
+        counts=dict(Counter(row.status for row in rows)),
+        quality=quality,
+        steps_mean=float(np.mean(steps)) if steps else 0.0,
+    )
+
+
+def new_attempt() -> str:
+    """A name that no other attempt has."""
+    return uuid.uuid4().hex[:12]
+

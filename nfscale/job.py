@@ -1,0 +1,329 @@
+"""What a job is: one pydantic model, read from YAML, overridden by `a.b=value`, validated at the door.
+
+The keys of a kind (a dataset, signal, field or optimizer) are the fields of its class with their types and
+defaults, so a new kind is one file and one line in its dict, and nothing here. Unknown keys and keys of
+another kind are refused. The layers below receive values they can trust.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, create_model
+from pydantic import model_validator
+
+from nfscale.datasets import DATASETS
+from nfscale.datasets.base import Dataset, Opener, open_limited
+from nfscale.engine.result import Stop
+from nfscale.errors import CallerError
+from nfscale.fields import FIELDS
+from nfscale.optim import OPTIMIZERS, SCHEDULES, Schedule
+from nfscale.signals import SIGNALS
+
+FORMAT_VERSION = 1
+"""Of the run folder and the table; a reader refuses a newer one."""
+
+_RUNTIME = {"dimensions", "channels", "schedule", "learning_rate"}
+"""Fields of a kind's class that the job derives instead of taking them as they are."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DatasetSection(_Section):
+    """Keys of every dataset kind."""
+
+    limit: PositiveInt | None = None
+    """A seeded sample of this many data, spread over the dataset."""
+
+    def opener(self) -> Opener:
+        """The opener this section describes."""
+        return _build(DATASETS[self.kind], self)  # type: ignore[attr-defined]
+
+
+class SignalSection(_Section):
+    """Keys of every signal kind."""
+
+    channels: PositiveInt | Literal["auto"] = "auto"
+    """auto: the first readable datum decides."""
+
+
+class FieldSection(_Section):
+    """Keys of every field kind."""
+
+    init: Literal["shared", "per_datum"] = "shared"
+
+
+class OptimizerSection(_Section):
+    """Keys of every optimizer kind."""
+
+    learning_rate: PositiveFloat | Literal["auto"] = "auto"
+    """auto: the optimiser's own rule in width, weight scale and samples per step."""
+    schedule: Literal[tuple(SCHEDULES)] = "cosine"  # type: ignore[valid-type]
+
+
+class FitSection(_Section):
+    """How long and on how many samples a field is fitted."""
+
+    max_steps: PositiveInt = 1000
+    target: float | None = None
+    """In the unit of the signal's quality."""
+    samples: PositiveInt | Literal["full"] = 256
+    sampling: Literal["stratified", "uniform"] = "stratified"
+    check_every: PositiveInt = 50
+    plateau_checks: PositiveInt | None = None
+    plateau_gain: float = 0.1
+    max_restarts: NonNegativeInt = 3
+    batch: PositiveInt | Literal["auto"] = "auto"
+    step: Literal["auto", "plain"] = "auto"
+
+    @model_validator(mode="after")
+    def _cadence_fits(self) -> "FitSection":
+        self.stop()
+        return self
+
+    def stop(self) -> Stop:
+        """When a field is looked at and let go."""
+        return Stop(
+            self.max_steps, self.target, self.check_every, self.plateau_checks, self.plateau_gain, self.max_restarts
+        )
+
+
+class StoreSection(_Section):
+    """How weights are stored."""
+
+    dtype: Literal["float32"] = "float32"
+    shard_fields: PositiveInt | Literal["auto"] = "auto"
+
+
+class TrackSection(_Section):
+    """What goes to MLflow."""
+
+    enabled: bool = True
+    experiment: str = "nfscale"
+    per_datum_limit: NonNegativeInt = 10_000
+
+
+def _build(cls: type, section: BaseModel, **derived: Any) -> Any:
+    """An instance of a kind's class from its section and the fields that the job derives."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    keys = {name: getattr(section, name) for name in type(section).model_fields if name in names - _RUNTIME}
+    return cls(**keys, **{name: value for name, value in derived.items() if name in names})
+
+
+def _union(base: type[_Section], kinds: dict[str, type]) -> Any:
+    """The discriminated union of one model per kind: the base's keys and those of the kind's class."""
+    models = []
+    for kind, cls in kinds.items():
+        hints = get_type_hints(cls)
+        keys: dict[str, Any] = {"kind": (Literal[kind], kind)}
+        for field in dataclasses.fields(cls):
+            if field.name not in _RUNTIME:
+                default = ... if field.default is dataclasses.MISSING else field.default
+                keys[field.name] = (hints[field.name], default)
+        if base is OptimizerSection:
+            keys["warmup"] = (NonNegativeInt, getattr(cls, "default_warmup", 0))
+        models.append(create_model(f"{cls.__name__}Keys", __base__=base, __doc__=cls.__doc__, **keys))
+    if len(models) == 1:
+        return models[0]
+    return Annotated[Union[tuple(models)], Field(discriminator="kind")]  # noqa: UP007 (built from a dict)
+
+
+_DatasetKeys = _union(DatasetSection, DATASETS)
+_SignalKeys = _union(SignalSection, SIGNALS)
+_FieldKeys = _union(FieldSection, FIELDS)
+_OptimizerKeys = _union(OptimizerSection, OPTIMIZERS)
+_KINDS = {"dataset": DATASETS, "signal": SIGNALS, "field": FIELDS, "optimizer": OPTIMIZERS}
+_DEFAULT_KIND = {"signal": "image", "field": "mlp", "optimizer": "esgd"}
+
+
+class EncodeJob(_Section):
+    """A dataset encoded as fields: everything that decides what comes out, and where it goes."""
+
+    name: str = Field(default="encode", min_length=1)
+    dataset: _DatasetKeys  # type: ignore[valid-type]
+    signal: _SignalKeys  # type: ignore[valid-type]
+    field: _FieldKeys  # type: ignore[valid-type]
+    optimizer: _OptimizerKeys  # type: ignore[valid-type]
+    fit: FitSection = FitSection()
+    store: StoreSection = StoreSection()
+    track: TrackSection = TrackSection()
+    workers: NonNegativeInt | Literal["auto"] = "auto"
+    max_workers: PositiveInt | None = None
+    checkpoint_minutes: PositiveFloat = 10.0
+    max_failed_fraction: float = Field(default=0.01, ge=0, le=1)
+    seed: NonNegativeInt = 0
+    output: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "EncodeJob":
+        self.build_field(dimensions=2, channels=1)
+        self.build_optimizer(samples_per_step=1)
+        if self.needs_calibration and self.field.init == "per_datum":
+            raise ValueError(
+                "optimizer.curvature=shared needs fields that start from one theta0, and field.init is per_datum; "
+                "use field.init=shared or optimizer.curvature=per_field"
+            )
+        update_every = getattr(self.optimizer, "update_every", 1)
+        if self.fit.max_steps >= self.fit.check_every and self.fit.check_every % update_every:
+            raise ValueError(
+                f"fit.check_every={self.fit.check_every} is not a multiple of optimizer.update_every={update_every}"
+            )
+        return self
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the fields share curvature that is estimated once per job."""
+        return getattr(self.optimizer, "curvature", None) == "shared"
+
+    def open_dataset(self) -> Dataset:
+        """The dataset with its limit applied."""
+        return open_limited(self.dataset.opener(), self.dataset.limit, self.seed)
+
+    def build_signal(self, channels: int) -> Any:
+        """The signal for fields of this many channels."""
+        return _build(SIGNALS[self.signal.kind], self.signal, channels=channels)
+
+    def build_field(self, dimensions: int, channels: int) -> Any:
+        """The field between these numbers of coordinates and channels."""
+        return _build(FIELDS[self.field.kind], self.field, dimensions=dimensions, channels=channels)
+
+    def build_optimizer(self, samples_per_step: int) -> Any:
+        """The optimiser for steps of this many samples."""
+        cls, section = OPTIMIZERS[self.optimizer.kind], self.optimizer
+        rate = section.learning_rate
+        if rate == "auto":
+            rate = cls.auto_learning_rate(self.field.width, self.field.weight_scale, samples_per_step)
+        schedule = Schedule(section.schedule, self.fit.max_steps, section.warmup)
+        return _build(cls, section, learning_rate=rate, schedule=schedule)
+
+    def fingerprint(self, ids_digest: str) -> str:
+        """SHA-256 of all that changes a result; workers, batch size, tracking and output do not."""
+        decides = self.model_dump(
+            mode="json",
+            include={"dataset": True, "signal": True, "field": True, "optimizer": True, "fit": True, "seed": True},
+        )
+        for name in ("batch", "step"):
+            decides["fit"].pop(name)
+        decides |= {"store_dtype": self.store.dtype, "ids": ids_digest, "format": FORMAT_VERSION}
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def load_job(path: str | Path, overrides: list[str] | None = None) -> EncodeJob:
+    """Read a job file and apply `a.b=value` overrides.
+
+    Raises:
+        CallerError: in one message, with the accepted values, if anything is wrong.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise CallerError(f"cannot read the job file {str(path)!r}: {error.strerror or error}") from error
+    try:
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise CallerError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise CallerError(f"{path} is not a job: expected sections such as dataset and fit, got {type(settings).__name__}")
+    settings.setdefault("name", path.stem)
+    return job_from_settings(settings, overrides or [])
+
+
+def job_from_settings(settings: dict[str, Any], overrides: list[str]) -> EncodeJob:
+    """A validated job from nested settings; an override of a kind replaces that section first.
+
+    Raises:
+        CallerError: in one message, with the accepted values, if anything is wrong.
+    """
+    settings = json.loads(json.dumps(settings, default=str))
+    parsed = [_parsed(text) for text in overrides]
+    for keys, value in sorted(parsed, key=lambda item: item[0][-1] != "kind"):
+        _override(settings, keys, value)
+    for section, kind in _DEFAULT_KIND.items():
+        part = settings.setdefault(section, {})
+        if isinstance(part, dict):
+            part.setdefault("kind", kind)
+    settings.setdefault("output", f"runs/{settings.get('name', 'encode')}")
+    try:
+        return EncodeJob.model_validate(settings)
+    except ValidationError as error:
+        raise CallerError(_all_explained(error, settings)) from error
+
+
+def _parsed(text: str) -> tuple[list[str], Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise CallerError(f"cannot read the override {text!r}; write section.key=value, such as fit.max_steps=500")
+    try:
+        return key.strip().split("."), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise CallerError(f"the value of the override {text!r} is not valid YAML") from error
+
+
+def _override(settings: dict[str, Any], keys: list[str], value: Any) -> None:
+    *sections, last = keys
+    part = settings
+    for section in sections:
+        part = part.setdefault(section, {})
+        if not isinstance(part, dict):
+            raise CallerError(f"cannot set {'.'.join(keys)}: {section!r} holds the value {part!r}, not a section")
+    if last == "kind" and part.get("kind", _DEFAULT_KIND.get(sections[-1] if sections else "")) != value:
+        part.clear()
+    part[last] = value
+
+
+def _all_explained(error: ValidationError, settings: dict[str, Any]) -> str:
+    """A line for each wrong key; what the branches of a union type accept is joined by `or`."""
+    lines: dict[str, str] = {}
+    for problem in error.errors():
+        where, line = _explained(problem, settings)
+        if where and where in lines:
+            expected = line.removeprefix(f"{where}: input should be ").rpartition(", got ")[0]
+            before, got, seen = lines[where].rpartition(", got ")
+            lines[where] = f"{before} or {expected}{got}{seen}"
+        else:
+            lines[where or line] = line
+    return "\n".join(lines.values())
+
+
+def _explained(problem: Any, settings: dict[str, Any]) -> tuple[str, str]:
+    """Where a validation problem is, and a sentence: what was seen, what is accepted."""
+    place = [str(key) for key in problem["loc"]]
+    section = place[0] if place else ""
+    kinds = _KINDS.get(section, {})
+    if problem["type"] in ("union_tag_invalid", "union_tag_not_found") or place[1:] == ["kind"]:
+        given = settings.get(section)
+        seen = given.get("kind") if isinstance(given, dict) else given
+        if seen is None:
+            return "", f"{section}.kind is missing; known kinds of {section}: {', '.join(sorted(kinds))}"
+        return "", f"unknown {section} {seen!r}; known kinds of {section}: {', '.join(sorted(kinds))}"
+    place = [key for position, key in enumerate(place) if not (position == 1 and key in kinds)]
+    # Branches of a union type appear in the location as type names, such as "literal['auto']".
+    where = ".".join(key for key in place if "[" not in key and key not in ("int", "float", "constrained-int"))
+    if problem["type"] == "extra_forbidden":
+        return "", f"unknown key {where}; accepted: {', '.join(_accepted(section if len(place) > 1 else '', settings))}"
+    if problem["type"] == "missing":
+        return "", f"{where} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":  # ours, and says what was seen
+        return "", f"{where}: {message}" if where else message
+    return where, f"{where}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"
+
+
+def _accepted(section: str, settings: dict[str, Any]) -> list[str]:
+    """Keys of a section, of its kind where it has one."""
+    if not section:
+        return list(EncodeJob.model_fields)
+    annotation = EncodeJob.model_fields[section].annotation
+    models = [m for m in get_args(annotation) or (annotation,) if isinstance(m, type) and issubclass(m, BaseModel)]
+    given = settings.get(section)
+    kind = given.get("kind") if isinstance(given, dict) else None
+    for model in models:
+        if "kind" not in model.model_fields or model.model_fields["kind"].default == kind:
+            return list(model.model_fields)
+    return []

@@ -1,0 +1,280 @@
+"""The folder of a run: what is in it, and the only ways in which something gets there.
+
+    job.json                           the frozen plan; written first, put-if-absent
+    calibration.parquet                what all fields share beside theta0; put-if-absent
+    data/shard-00042.<attempt>.parquet written by one attempt, under a name of its own
+    commits/shard-00042.json           put-if-absent: names the one file that counts
+    _SUCCESS                           when every datum has a row
+    review/                            report and pictures
+
+Readers open only what the commits name, so a killed or late attempt leaves nothing that anyone sees.
+"""
+
+import base64
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nfscale.errors import CallerError, EncodeError
+from nfscale.layout import Layout
+from nfscale.store import files, schema
+from nfscale.store.schema import LabelType
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A range of positions in the dataset; where it lands is a function of its name."""
+
+    index: int
+    start: int
+    stop: int
+    part: str = ""
+    """Which half of which half, after bisection: "", "a", "b", "aa", ..."""
+
+    @property
+    def name(self) -> str:
+        return f"shard-{self.index:05d}" + (f"-{self.part}" if self.part else "")
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def halves(self) -> tuple["Shard", "Shard"]:
+        """The two parts it commits as once it is bisected."""
+        middle = (self.start + self.stop) // 2
+        return (
+            Shard(self.index, self.start, middle, self.part + "a"),
+            Shard(self.index, middle, self.stop, self.part + "b"),
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is frozen at the first start; the content of `job.json`."""
+
+    fingerprint: str
+    job: dict[str, Any]
+    """The resolved job."""
+    data_count: int
+    ids_sha256: str
+    label_type: LabelType
+    samples_per_step: int
+    """What the optimiser's automatic learning rate was derived from."""
+    shard_fields: int
+    layout: Layout
+    forward: dict[str, Any]
+    """The exact forward: omega, output affine, coordinate range, formula; enough to decode without nfscale."""
+    theta0: np.ndarray | None
+    """float32 [P], what all fields start from; None where each starts from its own."""
+    calibration_positions: tuple[int, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+    format: int = 1
+
+    @property
+    def quality_name(self) -> str:
+        return self.forward["signal"]["quality_name"]
+
+    def shards(self) -> list[Shard]:
+        """The shards of the run, before any bisection."""
+        edges = range(0, self.data_count, self.shard_fields)
+        return [Shard(i, start, min(start + self.shard_fields, self.data_count)) for i, start in enumerate(edges)]
+
+    def table_schema(self) -> pa.Schema:
+        """The schema that every file of the run has."""
+        return schema.table_schema(self.layout, self.label_type, self.quality_name, self.fingerprint, self.format)
+
+    def to_json(self) -> dict[str, Any]:
+        content = asdict(self)
+        content["layout"] = json.loads(self.layout.to_json())
+        content["calibration_positions"] = list(self.calibration_positions)
+        if self.theta0 is not None:
+            encoded = base64.b64encode(self.theta0.astype("<f4").tobytes()).decode()
+            content["theta0"] = {"dtype": "float32", "encoding": "base64, little-endian", "data": encoded}
+        return content
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Plan":
+        theta0 = content["theta0"]
+        if theta0 is not None:
+            theta0 = np.frombuffer(base64.b64decode(theta0["data"]), dtype="<f4").astype(np.float32)
+        values = dict(content)
+        values["layout"] = Layout.from_json(json.dumps(content["layout"]))
+        values["calibration_positions"] = tuple(content["calibration_positions"])
+        return cls(**values | {"theta0": theta0})
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A shard that is done: which file counts, and what is in it."""
+
+    shard: str
+    index: int
+    start: int
+    stop: int
+    file: str
+    """Relative to the run folder."""
+    rows: int
+    bytes: int
+    sha256: str
+    attempt: str
+    order: int
+    """Rank of the lease it came from, in the order in which the driver gave them out; unique in a run."""
+    worker: str
+    committed_at: float
+    """Seconds since the epoch."""
+    seconds: float
+    """Wall time of the shard, reading and writing included."""
+    fit_seconds: float
+    """Wall time inside the engine."""
+    counts: dict[str, int]
+    """Rows by status."""
+    quality: dict[str, float]
+    """mean, p05, p50, p95 over the rows that have one; empty where none has."""
+    steps_mean: float
+    """Over the rows that were fitted."""
+
+    @property
+    def failed(self) -> int:
+        return sum(count for status, count in self.counts.items() if status in schema.FAILED_STATUSES)
+
+
+class RunFolder:
+    """A run folder on a local or shared file system."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    @property
+    def report(self) -> Path:
+        return self.path / "review" / "report.html"
+
+    @property
+    def convergence(self) -> Path:
+        return self.path / "review" / "convergence.parquet"
+
+    @property
+    def is_complete(self) -> bool:
+        return (self.path / "_SUCCESS").exists()
+
+    # --- the plan
+
+    def plan(self) -> Plan:
+        """The frozen plan.
+
+        Raises:
+            CallerError: if this is no run folder, or one that a newer nfscale wrote.
+        """
+        try:
+            content = json.loads((self.path / "job.json").read_text())
+        except FileNotFoundError as error:
+            raise CallerError(f"{self.path} is not a run folder: it has no job.json") from error
+        except (OSError, ValueError) as error:
+            raise CallerError(f"{self.path / 'job.json'} cannot be read: {error}") from error
+        if content.get("format") != Plan.format:
+            raise CallerError(
+                f"{self.path} has format {content.get('format')}, this nfscale reads format {Plan.format}; "
+                "read it with the version that its job.json names"
+            )
+        return Plan.from_json(content)
+
+    @property
+    def has_plan(self) -> bool:
+        return (self.path / "job.json").exists()
+
+    def freeze(self, plan: Plan) -> Plan:
+        """Write the plan if there is none; the plan that counts from now on.
+
+        Raises:
+            CallerError: if the folder belongs to another job.
+        """
+        files.put_if_absent(self.path / "job.json", schema.json_bytes(plan.to_json()))
+        frozen = self.plan()
+        self.refuse_other(frozen, plan.fingerprint, plan.job)
+        return frozen
+
+    def refuse_other(self, frozen: Plan, fingerprint: str, job: dict[str, Any]) -> None:
+        """Refuse a job that is not the folder's own.
+
+        Raises:
+            CallerError: with the keys in which the two jobs differ.
+        """
+        if frozen.fingerprint == fingerprint:
+            return
+        differing = sorted(_differences(frozen.job, job))
+        what = f"they differ in {', '.join(differing)}" if differing else "its dataset has other ids now"
+        raise CallerError(
+            f"{self.path} belongs to another job: {what}; choose another output, or repeat the job it was made with"
+        )
+
+    # --- shards
+
+    def data_file(self, shard: Shard, attempt: str) -> Path:
+        """Where an attempt writes its rows."""
+        return self.path / "data" / f"{shard.name}.{attempt}.parquet"
+
+    def commit(self, commit: Commit) -> bool:
+        """Make an attempt's file the one that counts; False if another attempt was first."""
+        content = schema.json_bytes(asdict(commit))
+        return files.put_if_absent(self.path / "commits" / f"{commit.shard}.json", content)
+
+    def commits(self) -> list[Commit]:
+        """All commits, in the order of their leases."""
+        found = []
+        for path in sorted((self.path / "commits").glob("shard-*.json")):
+            try:
+                found.append(Commit(**json.loads(path.read_text())))
+            except (ValueError, TypeError) as error:
+                raise EncodeError(f"{path} is not a commit: {error}") from error
+        return sorted(found, key=lambda commit: commit.order)
+
+    def finish(self, rows: int) -> None:
+        """Mark the run as complete."""
+        files.put_if_absent(self.path / "_SUCCESS", schema.json_bytes({"rows": rows}))
+
+    # --- calibration
+
+    def write_calibration(self, steps: Sequence[int], step_rms: np.ndarray, diagonal: np.ndarray) -> bool:
+        """Store what the fields share, if nothing is stored yet: [U], [U], [U, P]."""
+        element = pa.list_(pa.field("element", pa.float32(), nullable=False), diagonal.shape[1])
+        columns = {
+            "step": pa.array(steps, pa.int32()),
+            "step_rms": pa.array(step_rms.astype(np.float32)),
+            "diagonal": pa.FixedSizeListArray.from_arrays(pa.array(diagonal.astype(np.float32).ravel()), type=element),
+        }
+        buffer = io.BytesIO()
+        pq.write_table(pa.table(columns), buffer, compression="zstd", use_dictionary=False)
+        return files.put_if_absent(self.path / "calibration.parquet", buffer.getvalue())
+
+    @property
+    def has_calibration(self) -> bool:
+        return (self.path / "calibration.parquet").exists()
+
+    def calibration(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Steps [U], typical step lengths [U] and diagonals [U, P]."""
+        table = pq.read_table(self.path / "calibration.parquet")
+        diagonal = table["diagonal"].combine_chunks().flatten().to_numpy()
+        return table["step"].to_numpy(), table["step_rms"].to_numpy(), diagonal.reshape(table.num_rows, -1)
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys whose values differ, without those that change no result."""
+    free = {"output", "workers", "max_workers", "track", "checkpoint_minutes", "max_failed_fraction", "name"}
+    free |= {"fit.batch", "fit.step", "store.shard_fields"}
+    for key in one.keys() | other.keys():
+        name = prefix + key
+        if name in free or one.get(key) == other.get(key):
+            continue
+        if isinstance(one.get(key), dict) and isinstance(other.get(key), dict):
+            yield from _differences(one[key], other[key], name + ".")
+        else:
+            yield f"{name} ({one.get(key)!r} in the folder, {other.get(key)!r} now)"

@@ -1,0 +1,185 @@
+"""Reading a table of weights: lazily, by the files that the commits name, and back to data.
+
+Nothing here needs the dataset or the fitter: the layout, the forward and theta0 are in the run folder.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pds
+import torch
+from torch import Tensor
+
+from nfscale.errors import CallerError
+from nfscale.fields import FIELDS, Field
+from nfscale.layout import Layout
+from nfscale.signals import SIGNALS, Signal
+from nfscale.store.run_folder import Commit, Plan, RunFolder
+
+DatumKey = str | int
+"""The id of a datum, or its index in the dataset."""
+
+
+def open_weights(path: str | Path) -> "WeightsTable":
+    """The committed rows of a run folder.
+
+    Raises:
+        CallerError: if this is no run folder.
+    """
+    return WeightsTable(RunFolder(path))
+
+
+class WeightsTable:
+    """Committed rows: weights, quality and history of every datum that has one."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.plan: Plan = folder.plan()
+        self.commits: list[Commit] = folder.commits()
+
+    @property
+    def layout(self) -> Layout:
+        return self.plan.layout
+
+    @property
+    def theta0(self) -> np.ndarray | None:
+        """What all fields started from: float32 [P], or None where each started from its own."""
+        return self.plan.theta0
+
+    def __len__(self) -> int:
+        return sum(commit.rows for commit in self.commits)
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self.plan.table_schema()
+
+    @cached_property
+    def field(self) -> Field:
+        """The field whose weights these are."""
+        described = self.plan.forward["field"]
+        return _built(FIELDS, described)
+
+    @cached_property
+    def signal(self) -> Signal:
+        """The signal that the fields represent."""
+        return _built(SIGNALS, self.plan.forward["signal"])
+
+    def dataset(self) -> pds.FileSystemDataset:
+        """The committed files as a pyarrow dataset: filters and columns are pushed down."""
+        files = [str(self.folder.path / commit.file) for commit in self.commits]
+        return pds.dataset(files, schema=self.schema, format="parquet")  # type: ignore[return-value]
+
+    def to_arrow(self, columns: Sequence[str] | None = None, filter: pc.Expression | None = None) -> pa.Table:
+        """The rows as an Arrow table, sorted by `index`.
+
+        Raises:
+            CallerError: if a column is unknown.
+        """
+        if unknown := set(columns or ()) - set(self.schema.names):
+            raise CallerError(f"unknown columns {sorted(unknown)}; the table has {', '.join(self.schema.names)}")
+        wanted = None if columns is None else list(dict.fromkeys([*columns, "index"]))
+        table = self.dataset().to_table(columns=wanted, filter=filter).sort_by("index")
+        return table if columns is None else table.select(list(columns))
+
+    def weights(self, filter: pc.Expression | None = None) -> np.ndarray:
+        """The weights alone, sorted by `index`: float32 [rows, P]."""
+        return as_matrix(self.to_arrow(["weights"], filter)["weights"])
+
+    def rows(self, keys: Sequence[DatumKey]) -> pa.Table:
+        """The rows of these data, in the order asked for.
+
+        Raises:
+            CallerError: if a datum has no committed row.
+        """
+        by_id = [key for key in keys if isinstance(key, str)]
+        by_index = [key for key in keys if not isinstance(key, str)]
+        condition = pc.field("index").isin(by_index) | pc.field("datum_id").isin(pa.array(by_id, pa.string()))
+        table = self.to_arrow(filter=condition)
+        place: dict[DatumKey, int] = {}
+        for position, (datum_id, index) in enumerate(
+            zip(table["datum_id"].to_pylist(), table["index"].to_pylist(), strict=True)
+        ):
+            place[datum_id] = place[index] = position
+        if missing := [key for key in keys if key not in place]:
+            raise CallerError(f"no committed row for {missing[:5]}; ids look like {self._example_ids()}")
+        return table.take([place[key] for key in keys])
+
+    def _example_ids(self) -> list[str]:
+        return self.dataset().head(3, columns=["datum_id"])["datum_id"].to_pylist()
+
+    def decode(self, keys: Sequence[DatumKey], shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """Data out of weights: [len(keys), *shape, C], in units of the full range.
+
+        Args:
+            keys: ids or indices.
+            shape: of each datum; without one, the shape it was fitted at, the same for all.
+
+        Raises:
+            CallerError: if a datum has no row or no weights, or the shapes differ and none is given.
+        """
+        rows = self.rows(keys)
+        weights = as_matrix(rows["weights"])
+        if empty := [key for key, row in zip(keys, weights, strict=True) if not np.isfinite(row).all()]:
+            reasons = dict(zip(keys, rows["reason"].to_pylist(), strict=True))
+            raise CallerError(f"no weights for {empty[:5]}: {reasons[empty[0]]}")
+        if shape is None:
+            shapes = {self.signal.shape_of(dict(metrics)) for metrics in rows["metrics"].to_pylist()}
+            if len(shapes) > 1:
+                raise CallerError(f"these data have the shapes {sorted(shapes)[:5]}; give one shape to decode them at")
+            (shape,) = shapes
+        return self.signal.reconstruct(self.values(torch.from_numpy(weights), self.signal.coordinates(shape)), shape)
+
+    @torch.no_grad()
+    def values(self, weights: Tensor, coordinates: Tensor) -> Tensor:
+        """The fields' values at coordinates: [F, P], [N, D] -> [F, N, C], a few fields at a time."""
+        chunk = max(2, (64 << 20) // (4 * len(coordinates) * max(e.shape[0] for e in self.layout.entries)))
+        parts = weights.split(chunk)
+        return torch.cat([self.field.apply(self.layout.unravel(part), coordinates[None]) for part in parts])
+
+    def torch_dataset(self, standardize: Literal["train", "all"] | None = "train") -> torch.utils.data.TensorDataset:
+        """(weights - theta0, label) of the rows that are ok, standardised per weight: float32 [P], int64.
+
+        Args:
+            standardize: by the mean and deviation of the train split ("all": of every row; also what is used
+                where the dataset has no splits); None leaves them as they are. Text labels become their
+                ranks in sorted order.
+        """
+        table = self.to_arrow(["weights", "label", "split", "status"])
+        table = table.filter(pc.is_in(table["status"].cast(pa.string()), pa.array(["converged", "plateau", "max_steps"])))
+        weights = torch.from_numpy(as_matrix(table["weights"]))
+        if self.theta0 is not None:
+            weights = weights - torch.from_numpy(self.theta0)
+        if standardize is not None:
+            splits = np.array([s == "train" for s in table["split"].to_pylist()])
+            fitted = weights[splits] if standardize == "train" and splits.any() else weights
+            weights = (weights - fitted.mean(dim=0)) / fitted.std(dim=0).clamp(min=1e-12)
+        labels = table["label"].to_pylist()
+        if any(isinstance(label, str) for label in labels):
+            rank = {label: position for position, label in enumerate(sorted({x for x in labels if x is not None}))}
+            labels = [rank.get(label) for label in labels]
+        numbers = torch.tensor([-1 if label is None else label for label in labels], dtype=torch.int64)
+        return torch.utils.data.TensorDataset(weights, numbers)
+
+
+def as_matrix(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of weights as float32 [rows, P]."""
+    size = column.type.list_size
+    chunks = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, size) for chunk in column.chunks]
+    return np.concatenate(chunks) if chunks else np.empty((0, size), dtype=np.float32)
+
+
+def _built(kinds: dict[str, type], described: dict[str, Any]) -> Any:
+    """An instance of a kind from what a forward says of it.
+
+    Raises:
+        CallerError: if this nfscale does not know the kind.
+    """
+    kind = described["kind"]
+    if kind not in kinds:
+        raise CallerError(f"this run's {kind!r} is not known to this nfscale; it knows {', '.join(sorted(kinds))}")
+    return kinds[kind](**described["keys"])
