@@ -85,7 +85,7 @@ class Observer(Protocol):
 
 @dataclass
 class InProcessPool:
-    """One worker in this process, without Ray: for debugging, and on one thread, so that results do not depend on it."""
+    """One worker in this process, without Ray, for debugging. On one thread, as every worker on a CPU is."""
 
     folder: RunFolder
     _lease: Lease | None = None
@@ -211,9 +211,7 @@ def remaining(shards: Sequence[Shard], commits: Sequence[Commit]) -> list[Shard]
     return open_shards
 
 
-def serve(
-    folder: RunFolder, plan: Plan, pool: Pool, observers: Sequence[Observer], allow_missing_calibration: bool = False
-) -> Summary:
+def serve(folder: RunFolder, plan: Plan, pool: Pool, observers: Sequence[Observer]) -> Summary:
     """Give out leases until every datum has a committed row.
 
     Raises:
@@ -223,7 +221,7 @@ def serve(
     job = EncodeJob.model_validate(plan.job)
     coordinator = Coordinator(
         remaining(plan.shards(), commits),
-        calibrate=job.needs_calibration and not folder.has_calibration and not allow_missing_calibration,
+        calibrate=job.needs_calibration and not folder.has_calibration,
         first_lease=max((commit.order for commit in commits), default=-1) + 1,
     )
     summary = Summary(str(folder.path), job.name)

@@ -413,4 +413,3 @@ def _commit_of(
 def new_attempt() -> str:
     """A name that no other attempt has."""
     return uuid.uuid4().hex[:12]
-

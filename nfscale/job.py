@@ -12,8 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, create_model
-from pydantic import model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from nfscale.datasets import DATASETS
 from nfscale.datasets.base import Dataset, Opener, open_limited
@@ -229,7 +238,9 @@ def load_job(path: str | Path, overrides: list[str] | None = None) -> EncodeJob:
     except yaml.YAMLError as error:
         raise CallerError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
-        raise CallerError(f"{path} is not a job: expected sections such as dataset and fit, got {type(settings).__name__}")
+        raise CallerError(
+            f"{path} is not a job: expected sections such as dataset and fit, got {type(settings).__name__}"
+        )
     settings.setdefault("name", path.stem)
     return job_from_settings(settings, overrides or [])
 

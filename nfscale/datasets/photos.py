@@ -8,7 +8,7 @@ public domain; motorcycle: Middlebury 2014), scikit-learn in `sklearn/datasets/i
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +51,9 @@ class PhotosDataset(Dataset):
     def _photograph(self, name: str) -> np.ndarray:
         if name not in self._photographs:
             package, path = _FILES[name]
-            self._photographs[name] = read_image(Path(str(files(package) / path)))[..., :3]
+            found = find_spec(package)  # finds the folder without the seconds that an import takes
+            require(found is not None and found.origin is not None, f"dataset photos needs the package {package}")
+            self._photographs[name] = read_image(Path(found.origin).parent / path)[..., :3]  # type: ignore
         return self._photographs[name]
 
     @cached_property

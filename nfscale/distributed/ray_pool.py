@@ -21,6 +21,7 @@ _LOCAL_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else `uv run` makes every worker resolve the environment anew
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AUTH_MODE": "token",  # Ray's default for local clusters, said aloud so that Ray does not
 }
 _OBJECT_STORE_BYTES = 80 << 20  # the smallest Ray takes: neither data nor weights pass through it
 _START_ATTEMPTS = 3
@@ -46,8 +47,9 @@ class RayPool:
             for name, value in _LOCAL_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
         import ray
+        import ray.exceptions
 
-        self._ray = ray
+        self._ray: Any = ray
         self._folder = os.path.abspath(folder.path)
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
@@ -57,7 +59,7 @@ class RayPool:
         if workers == "auto":
             workers = gpus or max(1, int(resources.get("CPU", 1)))
         self._wanted = min(workers, max_workers or workers)
-        self._options = {"num_gpus": 1, "num_cpus": 1} if gpus else {"num_cpus": 1}
+        self._options: dict[str, Any] = {"num_gpus": 1, "num_cpus": 1} if gpus else {"num_cpus": 1}
         self._workers: dict[str, _Worker] = {}
         self._started = 0
         self._failed_starts = 0

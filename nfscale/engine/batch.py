@@ -114,9 +114,7 @@ class Batch:
             if "diagonal" in self.optimizer.needs and index % self._cadence == 0:
                 diagonal, step_rms = self._shared_curvature()
             extra = Extra(self.steps, self.rate, hv, wanted, diagonal, step_rms)
-            updates, self.state = self.optimizer.update(
-                self._params(grads), self.state, self._params(self.rows), extra
-            )
+            updates, self.state = self.optimizer.update(self._params(grads), self.state, self._params(self.rows), extra)
             self.rows += self._rows(updates)
             self.steps += 1
 

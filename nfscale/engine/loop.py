@@ -23,7 +23,7 @@ from nfscale.optim import Optimizer
 from nfscale.rng import as_tensor, datum_seed
 from nfscale.signals import Samples, Signal
 
-_CPU_BATCH_BYTES = 96 << 20  # activations of a batch: more slots than this gain nothing once a step is milliseconds
+_CPU_BATCH_BYTES = 24 << 20  # activations, data and state of a batch: larger ones leave the cache and gain nothing
 _CUDA_BATCH_FRACTION = 0.5  # of the free device memory
 _MAX_SLOTS = {"cpu": 1024, "cuda": 16384}
 _FALLEN = 10.0

@@ -61,6 +61,10 @@ class Signal(Protocol):
 
     def reconstruct(self, values: Tensor, shape: tuple[int, ...]) -> np.ndarray: ...
 
+    def original(self, datum: np.ndarray) -> np.ndarray:
+        """The datum in the form in which `reconstruct` gives it back."""
+        ...
+
     def forward_description(self) -> dict[str, Any]: ...
 
 

@@ -76,6 +76,10 @@ class Image:
         height, width = shape
         return (values.detach().cpu() + _SHIFT).clamp(0, 1).reshape(-1, height, width, self.channels).numpy()
 
+    def original(self, datum: np.ndarray) -> np.ndarray:
+        """The datum as its field represents it: [H, W, C] in [0, 1], for pictures beside reconstructions."""
+        return _converted(_as_values(datum), self.convert)
+
     def forward_description(self) -> dict[str, Any]:
         return {
             "kind": "image",

@@ -107,7 +107,8 @@ class Plan:
         values = dict(content)
         values["layout"] = Layout.from_json(json.dumps(content["layout"]))
         values["calibration_positions"] = tuple(content["calibration_positions"])
-        return cls(**values | {"theta0": theta0})
+        values["theta0"] = theta0
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,30 @@ class RunFolder:
     @property
     def report(self) -> Path:
         return self.path / "review" / "report.html"
+
+    @property
+    def review_summary(self) -> Path:
+        return self.path / "review" / "summary.json"
+
+    def review_figures(self) -> dict[str, Any]:
+        """The figures of the last review; empty before the first."""
+        return json.loads(self.review_summary.read_text()) if self.review_summary.exists() else {}
+
+    @property
+    def tracking(self) -> dict[str, Any]:
+        """Where this run is in MLflow: tracking_uri, run_id, and whether it is there whole."""
+        record = self.path / "mlflow.json"
+        return json.loads(record.read_text()) if record.exists() else {}
+
+    def set_tracking(self, tracking_uri: str, run_id: str, whole: bool) -> None:
+        """Remember where this run is in MLflow."""
+        content = {"tracking_uri": tracking_uri, "run_id": run_id, "whole": whole}
+        files.replace(self.path / "mlflow.json", schema.json_bytes(content))
+
+    @property
+    def is_tracked(self) -> bool:
+        """Whether MLflow has everything of a complete run."""
+        return bool(self.tracking.get("whole"))
 
     @property
     def convergence(self) -> Path:

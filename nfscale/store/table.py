@@ -12,14 +12,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pds
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from nfscale.engine.step import fields_at_once
 from nfscale.errors import CallerError
 from nfscale.fields import FIELDS, Field
 from nfscale.layout import Layout
 from nfscale.signals import SIGNALS, Signal
 from nfscale.store.run_folder import Commit, Plan, RunFolder
+from nfscale.store.schema import OK_STATUSES, ROW_GROUP_ROWS, STATUS
 
 DatumKey = str | int
 """The id of a datum, or its index in the dataset."""
@@ -53,6 +56,10 @@ class WeightsTable:
 
     def __len__(self) -> int:
         return sum(commit.rows for commit in self.commits)
+
+    def __contains__(self, key: object) -> bool:
+        """Whether a datum of this id or index has a committed row."""
+        return key in self._place
 
     @property
     def schema(self) -> pa.Schema:
@@ -96,21 +103,31 @@ class WeightsTable:
         Raises:
             CallerError: if a datum has no committed row.
         """
-        by_id = [key for key in keys if isinstance(key, str)]
-        by_index = [key for key in keys if not isinstance(key, str)]
-        condition = pc.field("index").isin(by_index) | pc.field("datum_id").isin(pa.array(by_id, pa.string()))
-        table = self.to_arrow(filter=condition)
-        place: dict[DatumKey, int] = {}
-        for position, (datum_id, index) in enumerate(
-            zip(table["datum_id"].to_pylist(), table["index"].to_pylist(), strict=True)
-        ):
-            place[datum_id] = place[index] = position
+        place = self._place
         if missing := [key for key in keys if key not in place]:
-            raise CallerError(f"no committed row for {missing[:5]}; ids look like {self._example_ids()}")
-        return table.take([place[key] for key in keys])
+            raise CallerError(f"no committed row for {missing[:5]}; ids look like {list(place)[:6:2]}")
+        by_group: dict[tuple[int, int], list[int]] = {}
+        for position, key in enumerate(keys):
+            file, row = place[key]
+            by_group.setdefault((file, row // ROW_GROUP_ROWS), []).append(position)
+        parts, order = [], []
+        for (file, group), positions in sorted(by_group.items()):
+            opened = pq.ParquetFile(self.folder.path / self.commits[file].file)
+            wanted = [place[keys[position]][1] % ROW_GROUP_ROWS for position in positions]
+            parts.append(opened.read_row_group(group).take(wanted))
+            order += positions
+        table = pa.concat_tables(parts) if parts else self.schema.empty_table()
+        return table.take(np.argsort(order)) if parts else table
 
-    def _example_ids(self) -> list[str]:
-        return self.dataset().head(3, columns=["datum_id"])["datum_id"].to_pylist()
+    @cached_property
+    def _place(self) -> dict[DatumKey, tuple[int, int]]:
+        """Ids and indices to (commit, row in its file)."""
+        place: dict[DatumKey, tuple[int, int]] = {}
+        for file, commit in enumerate(self.commits):
+            ids = pq.read_table(self.folder.path / commit.file, columns=["datum_id", "index"])
+            for row, (datum_id, index) in enumerate(zip(*(c.to_pylist() for c in ids.columns), strict=True)):
+                place[datum_id] = place[index] = (file, row)
+        return place
 
     def decode(self, keys: Sequence[DatumKey], shape: tuple[int, ...] | None = None) -> np.ndarray:
         """Data out of weights: [len(keys), *shape, C], in units of the full range.
@@ -137,8 +154,7 @@ class WeightsTable:
     @torch.no_grad()
     def values(self, weights: Tensor, coordinates: Tensor) -> Tensor:
         """The fields' values at coordinates: [F, P], [N, D] -> [F, N, C], a few fields at a time."""
-        chunk = max(2, (64 << 20) // (4 * len(coordinates) * max(e.shape[0] for e in self.layout.entries)))
-        parts = weights.split(chunk)
+        parts = weights.split(fields_at_once(self.field, len(coordinates)))
         return torch.cat([self.field.apply(self.layout.unravel(part), coordinates[None]) for part in parts])
 
     def torch_dataset(self, standardize: Literal["train", "all"] | None = "train") -> torch.utils.data.TensorDataset:
@@ -150,7 +166,7 @@ class WeightsTable:
                 ranks in sorted order.
         """
         table = self.to_arrow(["weights", "label", "split", "status"])
-        table = table.filter(pc.is_in(table["status"].cast(pa.string()), pa.array(["converged", "plateau", "max_steps"])))
+        table = table.filter(STATUS.isin(OK_STATUSES))
         weights = torch.from_numpy(as_matrix(table["weights"]))
         if self.theta0 is not None:
             weights = weights - torch.from_numpy(self.theta0)

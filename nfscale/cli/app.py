@@ -1,0 +1,39 @@
+"""The commands by name, and the one place where an error becomes a line and an exit code."""
+
+import os
+import sys
+
+import typer
+
+from nfscale.cli.decode import decode
+from nfscale.cli.encode import encode
+from nfscale.cli.review import review
+from nfscale.cli.status import status
+from nfscale.cli.verify import verify
+from nfscale.errors import ExitCode, NfscaleError
+
+app = typer.Typer(
+    help="Encode whole datasets as neural fields, one small network per datum.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+for command in (encode, status, decode, verify, review):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except NfscaleError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(int(error.exit_code))
+    except KeyboardInterrupt:
+        print("interrupted; what is committed stays, and the same command continues", file=sys.stderr)
+        sys.exit(int(ExitCode.INTERRUPTED))
+    except BrokenPipeError:  # the reader of our output has gone, as in `nfscale status ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(int(ExitCode.FAILED))

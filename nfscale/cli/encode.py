@@ -1,0 +1,138 @@
+"""`nfscale encode`: plan, fit, store, record, review. Run again, it resumes."""
+
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from nfscale.cli.common import JsonOption, percentages, warn, write_json
+from nfscale.cli.progress import ProgressDisplay
+from nfscale.driver import InProcessPool, Pool, Summary, Terminated, open_run, orderly_termination, serve, totals
+from nfscale.errors import ExitCode, NfscaleError
+from nfscale.job import EncodeJob, load_job
+from nfscale.review import make_report
+from nfscale.store import RunFolder
+from nfscale.store.run_folder import Plan
+from nfscale.track import Tracker, tracking_uri
+
+_TRACKER_SECONDS = 120.0  # that MLflow may take at the end; the next start writes what is missing then
+
+
+def encode(
+    job_file: Annotated[Path, typer.Argument(help="A job file (YAML).", metavar="JOB.yaml", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Keys of the job, as section.key=value.", metavar="[KEY=VALUE]...")
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Encode a dataset as neural fields; run again to resume.
+
+    Example: `nfscale encode pipelines/digits.yaml output=runs/digits fit.max_steps=500 workers=2`
+    """
+    console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+    job = load_job(job_file, overrides)
+    folder, plan = open_run(job, _device())
+    started = time.monotonic()
+    if folder.is_complete and folder.report.exists() and (not job.track.enabled or folder.is_tracked):
+        summary = totals(folder, Summary(str(folder.path), job.name, was_complete=True))
+        console.print(f"{folder.path} is complete; nothing to do")
+    else:
+        summary = _encode(job, folder, plan, console)
+    figures = _figures(folder, summary, job.track.enabled)
+    figures["wall_seconds"] = time.monotonic() - started
+    write_json(json_file, figures)
+    _print_summary(console, figures)
+    if summary.failed > job.max_failed_fraction * max(summary.fields, 1):
+        print(
+            f"error: {summary.failed:,} of {summary.fields:,} data failed, more than max_failed_fraction="
+            f"{job.max_failed_fraction:g}; `nfscale status {folder.path}` says why",
+            file=sys.stderr,
+        )
+        raise typer.Exit(int(ExitCode.TOO_MANY_FAILED))
+
+
+def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console) -> Summary:
+    console.print(
+        f"{job.name}: {plan.data_count:,} data, fields of {plan.layout.size:,} weights, "
+        f"{len(plan.shards())} shards, into {folder.path}"
+    )
+    tracker = Tracker(folder, plan, warn) if job.track.enabled else None
+    display = ProgressDisplay(console)
+    observers = [display, tracker] if tracker else [display]
+    pool: Pool | None = None
+    state = "FAILED"
+    try:
+        with orderly_termination():
+            commits = folder.commits()
+            for observer in observers:
+                observer.on_start(folder, plan, commits)
+            summary = Summary(str(folder.path), job.name, was_complete=folder.is_complete)
+            if not folder.is_complete:
+                pool = _pool(job, folder)
+                summary = serve(folder, plan, pool, observers)
+                display.close()
+                pool.close()
+                pool = None
+            make_report(folder)
+            if tracker:
+                tracker.log_review()
+            state = "FINISHED"
+            return totals(folder, summary)
+    except (KeyboardInterrupt, Terminated) as error:
+        state = "KILLED"
+        code = ExitCode.INTERRUPTED if isinstance(error, KeyboardInterrupt) else ExitCode.TERMINATED
+        print("interrupted; what is committed stays, and the same command continues", file=sys.stderr)
+        raise typer.Exit(int(code)) from error
+    except OSError as error:
+        raise NfscaleError(f"{error}; what is committed stays, and the same command continues") from error
+    finally:
+        display.close()
+        if pool is not None:
+            pool.close()
+        if tracker:
+            tracker.close(state, _TRACKER_SECONDS)
+
+
+def _pool(job: EncodeJob, folder: RunFolder) -> Pool:
+    if job.workers == 0:
+        return InProcessPool(folder)
+    from nfscale.distributed import RayPool
+
+    return RayPool(folder, job.workers, job.max_workers)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _figures(folder: RunFolder, summary: Summary, tracked: bool) -> dict:
+    """What the command reports, on the screen and as JSON."""
+    figures = asdict(summary) | {"fields_per_second": summary.fields_per_second}
+    figures |= folder.review_figures()
+    figures["table"] = str(folder.path / "data")
+    figures["tracking_uri"] = tracking_uri(folder) if tracked else None
+    return figures
+
+
+def _print_summary(console: Console, figures: dict) -> None:
+    unit = figures["quality_name"]
+    console.print()
+    if not figures["was_complete"]:
+        speed = f"{figures['seconds']:.1f} s, {figures['fields_per_second']:.2f} fields/s"
+        console.print(f"fields    {figures['fitted_here']:,} in {speed}")
+    console.print(f"rows      {figures['fields']:,}: {percentages(figures['counts'])}")
+    if "quality_median" in figures:
+        console.print(
+            f"quality   median {unit} {figures['quality_median']:.2f}, 5th percentile {figures['quality_p05']:.2f}, "
+            f"worst {figures['quality_min']:.2f}; {figures['steps_mean']:.0f} steps on average"
+        )
+    console.print(f"table     {figures['table']}  (nfscale.open_weights({figures['output']!r}))")
+    console.print(f"report    {figures['report']}")
+    if uri := figures["tracking_uri"]:
+        console.print(f"MLflow    {uri}  (mlflow ui --backend-store-uri {uri})")

@@ -1,0 +1,64 @@
+"""Plots of a run, as SVG that takes its ink from the page (light or dark)."""
+
+import io
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+matplotlib.rcParams.update(
+    {"svg.fonttype": "none", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+)
+
+_INK = "#767676"  # legible on white and on black
+_BLUE, _ORANGE = "#3b82c4", "#d9822b"
+
+
+def histogram(quality: np.ndarray, target: float | None, unit: str) -> str:
+    """How many fields reached which quality, with the target marked."""
+    figure, axes = _new(6.2, 3.0)
+    axes.hist(quality, bins=min(60, max(10, len(quality) // 20)), color=_BLUE, alpha=0.85)
+    for value, style in ((np.median(quality), "-"), (np.percentile(quality, 5), ":")):
+        axes.axvline(value, color=_INK, linestyle=style, linewidth=1)
+    if target is not None:
+        axes.axvline(target, color=_ORANGE, linewidth=1.5)
+        axes.annotate(
+            f" target {target:g}", (target, 1), xycoords=("data", "axes fraction"), color=_ORANGE, va="top", fontsize=9
+        )
+    axes.set_xlabel(f"quality [{unit}]  (line: median, dots: 5th percentile)")
+    axes.set_ylabel("fields")
+    return _svg(figure)
+
+
+def convergence(steps: np.ndarray, bands: list[np.ndarray], target: float | None, unit: str) -> str:
+    """Quantiles of the best quality so far over steps; bands are p05, p25, p50, p75, p95."""
+    figure, axes = _new(6.2, 3.0)
+    p05, p25, p50, p75, p95 = bands
+    axes.fill_between(steps, p05, p95, color=_BLUE, alpha=0.18, linewidth=0, label="5 to 95 %")
+    axes.fill_between(steps, p25, p75, color=_BLUE, alpha=0.35, linewidth=0, label="25 to 75 %")
+    axes.plot(steps, p50, color=_BLUE, linewidth=1.8, label="median")
+    if target is not None:
+        axes.axhline(target, color=_ORANGE, linewidth=1.2)
+    axes.set_xlabel("optimiser steps")
+    axes.set_ylabel(f"best quality so far [{unit}]")
+    axes.legend(frameon=False, labelcolor=_INK, loc="lower right")
+    return _svg(figure)
+
+
+def _new(width: float, height: float):
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.tick_params(colors=_INK)
+    axes.xaxis.label.set_color(_INK)
+    axes.yaxis.label.set_color(_INK)
+    for spine in axes.spines.values():
+        spine.set_color(_INK)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an inline SVG element."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

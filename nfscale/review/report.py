@@ -1,0 +1,236 @@
+"""`report.html`: how did every datum converge, and what do the fields look like? One file, no network.
+
+What is bounded: pictures of at most `_MOSAIC` data and the worst, median and best `_ROW` of them,
+photographs of at most `_CANVASES`; the rest is columns without weights.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files as resources
+from typing import Any
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pcsv
+import pyarrow.parquet as pq
+
+from nfscale.datasets import Dataset, Datum
+from nfscale.datasets.base import seeded_sample
+from nfscale.encode import OpenRun
+from nfscale.review import figures, pictures
+from nfscale.store import files
+from nfscale.store.history import quality_quantiles
+from nfscale.store.run_folder import RunFolder
+from nfscale.store.schema import FAILED_STATUSES, STATUS, json_bytes
+from nfscale.store.table import WeightsTable
+
+_MOSAIC = 96
+_ROW = 6
+_CANVASES = 10
+_WORST = 500
+_ERRORS_SHOWN = 3  # examples of each reason
+
+
+@dataclass
+class _Picture:
+    """One datum in a gallery."""
+
+    id: str
+    quality: float
+    original: np.ndarray
+    rebuilt: np.ndarray
+
+
+def make_report(folder: RunFolder) -> dict[str, Any]:
+    """Write report.html, its pictures and the convergence tables; the figures it shows.
+
+    Works on a run that is still going: what is committed is what it shows.
+
+    Raises:
+        CallerError: if this is no run folder.
+        EncodeError: if the dataset is no longer the one that was encoded.
+    """
+    run, table = OpenRun(folder), WeightsTable(folder)
+    columns = [name for name in table.schema.names if name != "weights"]
+    rows = table.to_arrow(columns)
+    files.replace(folder.convergence, _parquet(rows))
+    files.replace(folder.convergence.with_name("worst.csv"), _worst_csv(rows))
+    summary = _summary(run, table, rows)
+    context: dict[str, Any] = {"summary": summary, "run": run, "job": json.dumps(run.plan.job, indent=1)}
+    context["unit"] = unit = _unit(run.plan.quality_name)
+    quality = rows["quality"].drop_null().to_numpy()
+    if len(quality):
+        steps, *bands = quality_quantiles(rows["history_step"], rows["history_quality"], [5, 25, 50, 75, 95])
+        context["histogram"] = figures.histogram(quality, run.job.fit.target, unit)
+        context["convergence"] = figures.convergence(steps, bands, run.job.fit.target, unit)
+        context |= _galleries(run, table, rows)
+    context["failures"] = _failures(rows)
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        (resources("nfscale.review") / "report.html.j2").read_text()
+    )
+    files.replace(folder.review_summary, json_bytes(summary))
+    files.replace(folder.report, template.render(**context).encode())
+    return summary
+
+
+def _summary(run: OpenRun, table: WeightsTable, rows: pa.Table) -> dict[str, Any]:
+    """The figures of the report's head."""
+    counts = Counter(rows["status"].to_pylist())
+    quality = rows["quality"].drop_null().to_numpy()
+    summary: dict[str, Any] = {
+        "name": run.job.name,
+        "output": str(run.folder.path),
+        "fields": len(rows),
+        "data": run.plan.data_count,
+        "complete": run.folder.is_complete,
+        "failed": sum(counts[status] for status in FAILED_STATUSES),
+        "counts": dict(sorted(counts.items())),
+        "quality_name": run.plan.quality_name,
+        "weights_per_field": run.plan.layout.size,
+        "table_bytes": sum(commit.bytes for commit in table.commits),
+        "device_seconds": sum(commit.fit_seconds for commit in table.commits),
+        "workers": len({commit.worker for commit in table.commits}),
+        "report": str(run.folder.report),
+    }
+    if len(quality):
+        p05, p50, p95 = np.percentile(quality, [5, 50, 95])
+        summary |= {"quality_p05": float(p05), "quality_median": float(p50), "quality_p95": float(p95)}
+        summary |= {"quality_min": float(quality.min()), "steps_mean": float(np.mean(rows["steps"].drop_null()))}
+    return summary
+
+
+def _galleries(run: OpenRun, table: WeightsTable, rows: pa.Table) -> dict[str, Any]:
+    fitted = rows.filter(pc.field("quality").is_valid()).sort_by([("quality", "ascending")])
+    ids = fitted["datum_id"].to_pylist()
+    middle = max(0, len(ids) // 2 - _ROW // 2)
+    chosen = {"worst": ids[:_ROW], "median": ids[middle : middle + _ROW], "best": ids[::-1][:_ROW]}
+    shown = _Shown(run, table, fitted)
+    galleries = [
+        (name, [_figure(picture) for picture in shown.pictures(datum_ids)]) for name, datum_ids in chosen.items()
+    ]
+    return {"galleries": galleries, "mosaic": shown.mosaic(ids), "canvases": shown.canvases(ids)}
+
+
+class _Shown:
+    """Originals and reconstructions by id."""
+
+    def __init__(self, run: OpenRun, table: WeightsTable, fitted: pa.Table) -> None:
+        self.run, self.table = run, table
+        self.position = {datum_id: position for position, datum_id in enumerate(run.dataset.ids)}
+        self.quality = dict(zip(fitted["datum_id"].to_pylist(), fitted["quality"].to_pylist(), strict=True))
+        metrics = fitted["metrics"].to_pylist()
+        self.shape = {
+            datum_id: run.signal.shape_of(dict(m))
+            for datum_id, m in zip(fitted["datum_id"].to_pylist(), metrics, strict=True)
+        }
+
+    def pictures(self, ids: Sequence[str]) -> list[_Picture]:
+        """Pictures of these data; one that cannot be read any more is left out."""
+        by_shape: dict[tuple[int, ...], list[Datum]] = {}
+        for datum_id in ids:
+            datum = self.run.dataset.read(self.position[datum_id])
+            if datum.array is not None:
+                by_shape.setdefault(self.shape[datum_id], []).append(datum)
+        found = {}
+        for shape, data in by_shape.items():
+            rebuilt = self.table.decode([datum.id for datum in data], shape)
+            for datum, image in zip(data, rebuilt, strict=True):
+                assert datum.array is not None
+                original = self.run.signal.original(datum.array)
+                found[datum.id] = _Picture(datum.id, self.quality[datum.id], original, image)
+        return [found[datum_id] for datum_id in ids if datum_id in found]
+
+    def mosaic(self, ids: list[str]) -> dict[str, Any] | None:
+        """A seeded sample, originals beside reconstructions; None where the data assemble to whole pictures."""
+        if _place_of(self.run.dataset) is not None:
+            return None
+        sample = sorted(ids[p] for p in seeded_sample(ids, _MOSAIC, self.run.job.seed, "mosaic"))
+        drawn = self.pictures(sample)
+        if not drawn:
+            return None
+        sheets = [
+            pictures.grid([pictures.to_uint8(getattr(p, side)) for p in drawn], columns=12)
+            for side in ("original", "rebuilt")
+        ]
+        enlarge = max(1, 400 // max(sheets[0].shape[:2]))
+        shown = [pictures.encoded(pictures.enlarged(sheet, enlarge), "PNG") for sheet in sheets]
+        for side, picture in zip(("originals", "rebuilt"), shown, strict=True):
+            files.replace(self.run.folder.report.with_name(f"{side}.png"), picture)
+        return {"original": pictures.data_uri(shown[0], "png"), "rebuilt": pictures.data_uri(shown[1], "png")}
+
+    def canvases(self, ids: list[str]) -> list[dict[str, Any]]:
+        """Whole pictures put together from their tiles, where the dataset says which tile belongs where."""
+        place = _place_of(self.run.dataset)
+        if place is None:
+            return []
+        groups: dict[str, dict[tuple[int, int], str]] = {}
+        for datum_id in ids:
+            name, row, column = place(datum_id)
+            groups.setdefault(name, {})[row, column] = datum_id
+        shown = []
+        for name, cells in sorted(groups.items())[:_CANVASES]:
+            by_id = {p.id: p for p in self.pictures(list(cells.values()))}
+            tiles = {cell: by_id[datum_id] for cell, datum_id in cells.items() if datum_id in by_id}
+            if not tiles:
+                continue
+            size = next(iter(tiles.values())).original.shape[0]
+            sides = {}
+            for side in ("original", "rebuilt"):
+                canvas = pictures.assembled({c: pictures.to_uint8(getattr(p, side)) for c, p in tiles.items()}, size)
+                picture = pictures.encoded(canvas, "WEBP")
+                files.replace(self.run.folder.report.with_name(f"{name}-{side}.webp"), picture)
+                sides[side] = pictures.data_uri(picture, "webp")
+            quality = [p.quality for p in tiles.values()]
+            shown.append({"name": name, "tiles": len(tiles), "quality": float(np.median(quality)), **sides})
+        return shown
+
+
+def _place_of(dataset: Dataset) -> Any:
+    """The dataset's `place(id) -> (picture, row, column)`, if its data are tiles of larger pictures."""
+    whole = getattr(dataset, "whole", dataset)
+    return getattr(whole, "place", None)
+
+
+def _figure(picture: _Picture) -> dict[str, Any]:
+    sides = [picture.original, picture.rebuilt, pictures.error_map(picture.original, picture.rebuilt)]
+    enlarge = max(1, 128 // max(picture.original.shape[:2]))
+    enlarged = [pictures.enlarged(pictures.to_uint8(side), enlarge) for side in sides]
+    uris = [pictures.data_uri(pictures.encoded(side, "PNG"), "png") for side in enlarged]
+    return {"id": picture.id, "quality": picture.quality, "images": uris}
+
+
+def _failures(rows: pa.Table) -> list[dict[str, Any]]:
+    """Failed data by status and reason, with examples; the commonest first."""
+    failed = rows.filter(STATUS.isin(FAILED_STATUSES))
+    groups: dict[tuple[str, str], list[str]] = {}
+    for row in failed.select(["datum_id", "status", "reason"]).to_pylist():
+        groups.setdefault((row["status"], row["reason"] or ""), []).append(row["datum_id"])
+    ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
+    return [
+        {"status": status, "reason": reason, "count": len(ids), "examples": ids[:_ERRORS_SHOWN]}
+        for (status, reason), ids in ranked[:20]
+    ]
+
+
+def _unit(quality_name: str) -> str:
+    return {"psnr_db": "PSNR, dB"}.get(quality_name, quality_name)
+
+
+def _parquet(rows: pa.Table) -> bytes:
+    buffer = pa.BufferOutputStream()
+    pq.write_table(rows, buffer, compression="zstd")
+    return buffer.getvalue().to_pybytes()
+
+
+def _worst_csv(rows: pa.Table) -> bytes:
+    """The worst data as text that MLflow's artifact viewer shows."""
+    columns = ["datum_id", "index", "quality", "steps", "status", "reason", "label"]
+    worst = rows.select(columns).sort_by([("quality", "ascending")]).slice(0, _WORST)
+    plain = worst.set_column(4, "status", worst["status"].cast(pa.string()))
+    buffer = pa.BufferOutputStream()
+    pcsv.write_csv(plain, buffer)
+    return buffer.getvalue().to_pybytes()

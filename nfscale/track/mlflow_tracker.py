@@ -1,0 +1,287 @@
+"""One MLflow run per job, written by the driver alone, from commits alone.
+
+Every point is a function of a commit: its step is the datum's index or the lease's rank, its timestamp
+the time of the commit. Writing a point twice therefore changes nothing, and a run that MLflow missed,
+because its server was down or the driver was killed, is made whole by the next start or `nfscale review`.
+
+All calls happen in one background thread: opening a fresh SQLite store takes seconds (migrations), and
+a tracking server that is slow or down must not keep workers waiting. Errors are told once and then kept.
+"""
+
+import json
+import logging
+import os
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from nfscale.encode import Progress
+from nfscale.store.history import quality_quantiles
+from nfscale.store.run_folder import Commit, Plan, RunFolder
+from nfscale.store.table import WeightsTable
+
+_BATCH = 1000  # metrics that MLflow takes in one call
+_PERCENTILES = {"p05": 5, "p50": 50, "p95": 95}
+
+
+def tracking_uri(folder: RunFolder) -> str:
+    """`MLFLOW_TRACKING_URI`, or a SQLite store in the folder above the output: never in the current folder."""
+    above = folder.path.resolve().parent
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{above / 'mlruns.db'}"
+
+
+class Tracker:
+    """Observes a run and writes it to MLflow from a thread of its own."""
+
+    def __init__(self, folder: RunFolder, plan: Plan, warn: Callable[[str], None]) -> None:
+        self._folder, self._plan, self._warn = folder, plan, warn
+        self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._projection: _Projection | None = None
+        self.problem: str | None = None
+        """Why MLflow does not have the run, if it has not."""
+        self._thread = threading.Thread(target=self._work, name="nfscale-mlflow", daemon=True)
+        self._thread.start()
+
+    @property
+    def run_id(self) -> str | None:
+        return self._projection.run_id if self._projection else None
+
+    def on_start(self, folder: RunFolder, plan: Plan, commits: list[Commit]) -> None:
+        self._calls.put(lambda: self._open(commits))
+
+    def on_progress(self, progress: Progress) -> None: ...
+
+    def on_tick(self) -> None: ...
+
+    def on_commit(self, commit: Commit) -> None:
+        self._calls.put(lambda: self._need().log_commit(commit))
+
+    def log_review(self) -> None:
+        """Store the report and the convergence table as artifacts of the run."""
+        self._calls.put(lambda: self._need().log_review())
+
+    def close(self, status: str, timeout_seconds: float | None = None) -> None:
+        """Write what is left and set the run's status: FINISHED, FAILED or KILLED, or leave it RUNNING."""
+        self._calls.put(lambda: self._need().terminate(status))
+        self._calls.put(None)
+        self._thread.join(timeout_seconds)
+
+    def _open(self, commits: list[Commit]) -> None:
+        self._projection = _Projection(self._folder, self._plan)
+        for commit in commits:
+            self._projection.log_commit(commit)
+
+    def _need(self) -> "_Projection":
+        assert self._projection is not None, "on_start comes first"
+        return self._projection
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            if self.problem is not None:
+                continue
+            try:
+                call()
+            except Exception as error:  # whatever a tracking server answers, the encode goes on
+                self.problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                self._warn(
+                    f"MLflow at {tracking_uri(self._folder)} does not have this run ({self.problem}); the encode "
+                    f"goes on, and `nfscale review {self._folder.path}` writes it later"
+                )
+
+
+class _Projection:
+    """The MLflow run of a run folder."""
+
+    def __init__(self, folder: RunFolder, plan: Plan) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
+        # A tracking server that does not answer: give up after seconds, not after MLflow's minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking._model_registry.utils"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        from mlflow import MlflowClient
+
+        self.folder, self.plan = folder, plan
+        self.folder.path.resolve().parent.mkdir(parents=True, exist_ok=True)
+        self.client = MlflowClient(tracking_uri(folder))
+        self.run_id = self._run()
+        self.logged = self._logged_orders()
+
+    # --- opening
+
+    def _run(self) -> str:
+        """The run's id: the one the folder names, if MLflow still has it, or a new one."""
+        known, uri = self.folder.tracking, tracking_uri(self.folder)
+        if known.get("tracking_uri") == uri and self._exists(known["run_id"]):
+            self.client.update_run(known["run_id"], status="RUNNING")
+            return known["run_id"]
+        run_id = self._create()
+        self.folder.set_tracking(uri, run_id, whole=False)
+        return run_id
+
+    def _exists(self, run_id: str) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.get_run(run_id).info.lifecycle_stage == "active"
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return False
+            raise
+
+    def _create(self) -> str:
+        from mlflow.entities import Param
+
+        job = self.plan.job
+        experiment = self._experiment(job["track"]["experiment"])
+        tags = {
+            "nfscale.modality": job["signal"]["kind"],
+            "nfscale.dataset": job["dataset"]["kind"],
+            "nfscale.fingerprint": self.plan.fingerprint,
+            "nfscale.output": str(self.folder.path.resolve()),
+            "mlflow.source.name": "nfscale encode",
+            "mlflow.source.type": "JOB",
+        }
+        run = self.client.create_run(experiment, run_name=job["name"], tags=tags)
+        params = [Param(name, value[:6000]) for name, value in _flat(job)]
+        params.append(Param("data", str(self.plan.data_count)))
+        params.append(Param("weights_per_field", str(self.plan.layout.size)))
+        for start in range(0, len(params), 100):
+            self.client.log_batch(run.info.run_id, params=params[start : start + 100])
+        self._log_inputs(run.info.run_id)
+        return run.info.run_id
+
+    def _experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        if found := self.client.get_experiment_by_name(name):
+            return found.experiment_id
+        location = None
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            location = (self.folder.path.resolve().parent / "mlartifacts").as_uri()
+        try:
+            return self.client.create_experiment(name, artifact_location=location)
+        except MlflowException:  # another driver created it in between
+            found = self.client.get_experiment_by_name(name)
+            if found is None:
+                raise
+            return found.experiment_id
+
+    def _log_inputs(self, run_id: str) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        job, plan = self.plan.job, self.plan
+        read = Dataset(
+            name=job["dataset"]["kind"],
+            digest=plan.ids_sha256[:36],
+            source_type="nfscale",
+            source=json.dumps(job["dataset"]),
+            profile=json.dumps({"data": plan.data_count}),
+        )
+        produced = Dataset(
+            name=f"{job['name']} weights",
+            digest=plan.fingerprint[:36],
+            source_type="local",
+            source=json.dumps({"uri": str(self.folder.path.resolve())}),
+            profile=json.dumps({"rows": plan.data_count, "weights_per_field": plan.layout.size}),
+            schema=json.dumps({"columns": self.plan.table_schema().names}),
+        )
+        self.client.log_inputs(
+            run_id,
+            datasets=[
+                DatasetInput(read, [InputTag("mlflow.data.context", "encode")]),
+                DatasetInput(produced, [InputTag("mlflow.data.context", "weights")]),
+            ],
+        )
+
+    # --- points
+
+    def _logged_orders(self) -> set[int]:
+        """Ranks of the commits that MLflow has whole; the mark of a commit is written after its other points."""
+        return {int(m.step) for m in self.client.get_metric_history(self.run_id, "shard/fields")}
+
+    def log_commit(self, commit: Commit) -> None:
+        """The points of a committed shard, unless MLflow has them."""
+        from mlflow.entities import Metric
+
+        if commit.order in self.logged:
+            return
+        stamp = int(commit.committed_at * 1000)
+        points: list[Any] = []
+        if self.plan.data_count <= self.plan.job["track"]["per_datum_limit"]:
+            points += [Metric(name, value, stamp, index) for name, index, value in self._per_datum(commit)]
+        aggregates = {
+            "shard/fields_per_second": commit.rows / commit.seconds if commit.seconds else 0.0,
+            "shard/seconds": commit.seconds,
+            "shard/steps_mean": commit.steps_mean,
+            "shard/failed": float(commit.failed),
+            **{f"shard/quality_{name}": value for name, value in commit.quality.items()},
+            "shard/fields": float(commit.rows),  # last: the mark that the commit is here whole
+        }
+        points += [Metric(name, value, stamp, commit.order) for name, value in aggregates.items()]
+        for start in range(0, len(points), _BATCH):
+            self.client.log_batch(self.run_id, metrics=points[start : start + _BATCH])
+        self.logged.add(commit.order)
+
+    def _per_datum(self, commit: Commit) -> Iterator[tuple[str, int, float]]:
+        columns = ["index", "quality", "steps", "steps_to_target"]
+        table = pq.read_table(self.folder.path / commit.file, columns=columns)
+        for row in table.to_pylist():
+            for name in columns[1:]:
+                if row[name] is not None and np.isfinite(row[name]):
+                    yield f"datum/{name}", row["index"], float(row[name])
+
+    def terminate(self, status: str) -> None:
+        """The run's status, and once the run is complete its totals: they never change from there on."""
+        if self.folder.is_complete:
+            self._log_totals()
+        if status == "RUNNING":
+            return
+        self.client.set_terminated(self.run_id, status=status)
+        if self.folder.is_complete and status == "FINISHED":
+            self.folder.set_tracking(tracking_uri(self.folder), self.run_id, whole=True)
+
+    def _log_totals(self) -> None:
+        from mlflow.entities import Metric
+
+        commits = self.folder.commits()
+        stamp = int(max(commit.committed_at for commit in commits) * 1000)
+        counts: Counter[str] = Counter()
+        for commit in commits:
+            counts.update(commit.counts)
+        points = [(f"count/{name}", float(count), 0) for name, count in counts.items()]
+        table = WeightsTable(self.folder).to_arrow(["quality", "history_step", "history_quality"])
+        quality = table["quality"].drop_null().to_numpy()
+        if len(quality):
+            points += [(f"quality/{name}", float(np.percentile(quality, q)), 0) for name, q in _PERCENTILES.items()]
+            points.append(("quality/mean", float(quality.mean()), 0))
+        curves = quality_quantiles(table["history_step"], table["history_quality"], list(_PERCENTILES.values()))
+        for step, *values in zip(*curves, strict=True):
+            points += [
+                (f"convergence/quality_{name}", float(value), int(step))
+                for name, value in zip(_PERCENTILES, values, strict=True)
+            ]
+        metrics = [Metric(name, value, stamp, step) for name, value, step in points]
+        for start in range(0, len(metrics), _BATCH):
+            self.client.log_batch(self.run_id, metrics=metrics[start : start + _BATCH])
+
+    # --- artifacts
+
+    def log_review(self) -> None:
+        """What the review made: the report, its pictures, the convergence of every datum, the worst data."""
+        for path in sorted(self.folder.report.parent.iterdir()):
+            if not path.name.startswith("."):
+                self.client.log_artifact(self.run_id, str(path), "review")
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> Sequence[tuple[str, str]]:
+    """Dotted names and values as text."""
+    items: list[tuple[str, str]] = []
+    for key, value in settings.items():
+        items += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, str(value))]
+    return items
