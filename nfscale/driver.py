@@ -225,13 +225,14 @@ def serve(folder: RunFolder, plan: Plan, pool: Pool, observers: Sequence[Observe
         first_lease=max((commit.order for commit in commits), default=-1) + 1,
     )
     summary = Summary(str(folder.path), job.name)
-    started = time.monotonic()
+    started: float | None = None
     leases: dict[str, Lease] = {}
     while not coordinator.finished:
         if coordinator.fatal:
             raise EncodeError(coordinator.fatal)
         for worker in pool.idle():
             if lease := coordinator.lease(worker):
+                started = started or time.monotonic()
                 leases[worker] = lease
                 pool.start(lease)
         for event in pool.poll(_POLL_SECONDS):
@@ -250,7 +251,7 @@ def serve(folder: RunFolder, plan: Plan, pool: Pool, observers: Sequence[Observe
                         coordinator.failed(lease, failure, message)
         for observer in observers:
             observer.on_tick()
-    summary.seconds = time.monotonic() - started
+    summary.seconds = time.monotonic() - started if started else 0.0
     rows = sum(commit.rows for commit in folder.commits())
     if rows != plan.data_count:
         raise EncodeError(f"the commits hold {rows} rows of {plan.data_count} data; `nfscale verify` says which")

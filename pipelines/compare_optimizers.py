@@ -1,0 +1,95 @@
+"""ESGD with shared curvature beside Adam and beside ESGD with curvature of its own, on photograph tiles.
+
+    python pipelines/compare_optimizers.py            # about four minutes on one core
+    python pipelines/compare_optimizers.py --tiles 16 --steps 100
+
+Every method fits the same seeded sample of tiles from the same theta0 with the same minibatches, each at
+its own automatic learning rate, with restarts switched off, so that a fit that diverges is seen.
+"""
+
+import argparse
+import platform
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+import nfscale
+from nfscale.datasets import DATASETS, seeded_sample
+from nfscale.engine.loop import theta0_of
+from nfscale.engine.sampling import Sampler
+from nfscale.optim import Optimizer
+from nfscale.rng import as_tensor, datum_seed
+
+SAMPLES_PER_STEP = 256
+CALIBRATION = 32
+
+
+def methods(steps: int) -> Iterator[tuple[str, Optimizer]]:
+    """The optimisers that are compared, by name."""
+    cosine = nfscale.Schedule("cosine", steps)
+    warm = nfscale.Schedule("cosine", steps, warmup=nfscale.ESGD.default_warmup)
+    adam_rate = nfscale.Adam.auto_learning_rate(64, 1.5, SAMPLES_PER_STEP)
+    esgd_rate = nfscale.ESGD.auto_learning_rate(64, 1.5, SAMPLES_PER_STEP)
+    yield "adam", nfscale.Adam(adam_rate, cosine)
+    yield "esgd, shared", nfscale.ESGD(esgd_rate, warm)
+    yield "esgd, shared, steps not bounded", nfscale.ESGD(esgd_rate, warm, clip=None)
+    yield "esgd, per field", nfscale.ESGD(esgd_rate, warm, curvature="per_field")
+    yield "esgd, per field, a tenth of the rate", nfscale.ESGD(esgd_rate / 10, warm, curvature="per_field")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiles", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=300)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    photos = DATASETS["photos"]().open()
+    signal, field = nfscale.Image(channels=3), nfscale.MLP(dimensions=2, channels=3)
+    drawn = seeded_sample(photos.ids, arguments.tiles + CALIBRATION, seed=0, purpose="compare")
+    data = [(photos.ids[position], signal.samples(photos.read(position).array)) for position in drawn]
+    calibration_data, data = data[:CALIBRATION], data[CALIBRATION:]
+    stop = nfscale.Stop(arguments.steps, check_every=20, max_restarts=0)
+    print(
+        f"{arguments.tiles} tiles of 64 x 64, {arguments.steps} steps of {SAMPLES_PER_STEP} samples, {platform.processor()}"
+    )
+    print(f"{'method':38s} {'median':>7s} {'p05':>7s} {'worst':>7s} {'diverged':>9s} {'ms per field step':>18s}")
+    for name, optimizer in methods(arguments.steps):
+        calibration = None
+        if "diagonal" in optimizer.needs:
+            stacked = nfscale.Samples(
+                *(torch.stack(t) for t in zip(*((s.coordinates, s.values) for _, s in calibration_data), strict=True))
+            )
+            calibration = nfscale.calibrate(
+                field,
+                signal,
+                stacked,
+                as_tensor([datum_seed(0, datum_id) for datum_id, _ in calibration_data]),
+                theta0_of(field, 0),
+                optimizer=optimizer,
+                stop=stop,
+                sampler=Sampler(4096, SAMPLES_PER_STEP),
+            )
+        started = time.perf_counter()
+        fitted = list(
+            nfscale.fit(
+                field,
+                signal,
+                data,
+                optimizer=optimizer,
+                stop=stop,
+                seed=0,
+                samples=SAMPLES_PER_STEP,
+                calibration=calibration,
+            )
+        )
+        milliseconds = 1e3 * (time.perf_counter() - started) / sum(f.steps for f in fitted)
+        quality = np.array([f.quality for f in fitted])
+        diverged = sum(not f.result.ok for f in fitted)
+        p05, p50 = np.percentile(quality, [5, 50])
+        print(f"{name:38s} {p50:7.2f} {p05:7.2f} {quality.min():7.2f} {diverged:9d} {milliseconds:18.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
