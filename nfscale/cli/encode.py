@@ -73,7 +73,8 @@ def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console) -> 
             summary = Summary(str(folder.path), job.name, was_complete=folder.is_complete)
             if not folder.is_complete:
                 pool = _pool(job, folder)
-                summary = serve(folder, plan, pool, observers)
+                with orderly_termination():  # again: Ray installs a handler of its own when it starts
+                    summary = serve(folder, plan, pool, observers)
                 display.close()
                 pool.close()
                 pool = None

@@ -16,7 +16,7 @@ SEEDS = as_tensor([datum_seed(0, f"datum-{index}") for index in range(FIELDS)])
 def test_adam_is_torch_adam_for_each_field_with_its_own_step_and_rate():
     """Field 1 starts anew on the way and field 2 at half the rate, so that steps and rates differ within the batch.
 
-    In double precision, since the descent itself makes 1e-7 into 1e-5; the rate stays a float32.
+    In double precision, since descents amplify what rounds; Adam itself keeps its rate in float32, hence 1e-6.
     """
     adam = Adam(learning_rate=2e-3, schedule=Schedule("cosine", total_steps=150, warmup=10), beta1=0.8, beta2=0.95)
     draw = torch.Generator().manual_seed(0)
@@ -60,7 +60,7 @@ def test_adam_is_torch_adam_for_each_field_with_its_own_step_and_rate():
     assert (losses(params) < 0.5 * first_loss).all()
     for index in range(FIELDS):
         for name, tensor in zip(params, theirs[index], strict=True):
-            torch.testing.assert_close(params[name][index], tensor[0].detach(), rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(params[name][index], tensor[0].detach(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-4, 1e4])

@@ -1,0 +1,154 @@
+"""The commands as a shell sees them: output, files, exit codes, one line for an error."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from tests.jobs import tiny_settings
+
+
+def nfscale(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "nfscale", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a job file and a finished run of it, MLflow included."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "job.yaml").write_text(yaml.safe_dump(tiny_settings(home / "runs" / "tiny")))
+    done = nfscale("encode", home / "job.yaml", "--json", home / "encode.json", cwd=home)
+    assert done.returncode == 0, done.stderr
+    (home / "encode.txt").write_text(done.stdout)
+    return home
+
+
+def test_encode_prints_figures_and_where_to_look(home):
+    printed = (home / "encode.txt").read_text()
+    figures = json.loads((home / "encode.json").read_text())
+    assert "48 in" in printed
+    assert "fields/s" in printed
+    assert f"median psnr_db {figures['quality_median']:.2f}" in printed
+    assert "runs/tiny/review/report.html" in printed
+    assert "mlruns.db" in printed
+    assert figures["fields"] == figures["fitted_here"] == 48
+    assert sorted(p.name for p in home.iterdir() if p.is_dir()) == ["runs"], "nothing appears in the current folder"
+    assert sorted(p.name for p in (home / "runs").iterdir()) == ["mlartifacts", "mlruns.db", "tiny"]
+
+
+def test_encode_on_a_finished_run_does_nothing(home):
+    before = {p: p.stat().st_mtime_ns for p in (home / "runs").rglob("*")}
+    again = nfscale("encode", home / "job.yaml", cwd=home)
+    assert again.returncode == 0
+    assert "is complete; nothing to do" in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in (home / "runs").rglob("*")} == before
+
+
+def test_status_verify_and_decode(home):
+    run = home / "runs" / "tiny"
+    status = nfscale("status", run, "--json", home / "status.json")
+    assert "48 of 48 data committed in 3 shards, complete" in status.stdout
+    assert json.loads((home / "status.json").read_text())["committed"] == 48
+    verify = nfscale("verify", run, "--json", home / "verify.json")
+    assert verify.returncode == 0
+    assert json.loads((home / "verify.json").read_text())["decoded"] == 48
+    datum = json.loads((run / "commits" / "shard-00000.json").read_text())
+    assert datum["rows"] == 16
+    import nfscale as package
+
+    some = package.open_weights(run).to_arrow(["datum_id"])["datum_id"].to_pylist()[3]
+    assert nfscale("decode", run, "--id", some, "--shape", "24x40", "-o", home / "d.png").returncode == 0
+    with Image.open(home / "d.png") as decoded:
+        assert decoded.size == (40, 24)
+    assert nfscale("decode", run, "--id", some, "-o", home / "d.npy").returncode == 0
+    assert np.load(home / "d.npy").shape == (8, 8, 1)
+
+
+def test_verify_exits_with_5_where_a_byte_is_wrong(home, tmp_path):
+    import shutil
+
+    run = tmp_path / "copy"
+    shutil.copytree(home / "runs" / "tiny", run)
+    path = next((run / "data").iterdir())
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    failed = nfscale("verify", run)
+    assert failed.returncode == 5
+    assert "mismatch" in failed.stdout
+
+
+def test_review_makes_a_report_that_needs_nothing_else(home):
+    assert nfscale("review", home / "runs" / "tiny").returncode == 0
+    report = (home / "runs" / "tiny" / "review" / "report.html").read_text()
+    assert "48 of 48 data" in report
+    assert "http://" not in report.replace("http://www.w3.org", "")
+    assert 'src="data:image/' in report
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit.max_step=3"], "unknown key fit.max_step; accepted: "),
+        (["signal.kind=imge"], "unknown signal 'imge'; known kinds of signal: image"),
+        (["fit.max_steps=few"], "fit.max_steps: input should be a valid integer"),
+        (["fit.max_steps=80"], "belongs to another job: they differ in fit.max_steps"),
+        (["dataset.kind=folder", "dataset.path=none"], "dataset.path: no folder 'none'"),
+    ],
+)
+def test_the_callers_mistake_is_one_line_and_exit_2(home, arguments, message):
+    before = {p: p.stat().st_mtime_ns for p in home.rglob("*")}
+    failed = nfscale("encode", home / "job.yaml", *arguments, cwd=home)
+    assert failed.returncode == 2
+    assert message in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert len(failed.stderr.splitlines()) == 1
+    assert {p: p.stat().st_mtime_ns for p in home.rglob("*")} == before
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "review"])
+def test_a_folder_without_a_run_is_exit_2(tmp_path, command):
+    failed = nfscale(command, tmp_path)
+    assert failed.returncode == 2
+    assert "is not a run folder" in failed.stderr
+
+
+def test_too_many_failed_data_is_exit_3_and_a_repeat_says_so_again(tmp_path):
+    (tmp_path / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(6):
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / "images" / f"{index}.png")
+    (tmp_path / "images" / "bad.png").write_bytes(b"?")
+    settings = tiny_settings(tmp_path / "run", dataset={"kind": "folder", "path": str(tmp_path / "images")})
+    settings |= {"optimizer": {"kind": "adam"}, "track": {"enabled": False}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
+    for _ in range(2):
+        failed = nfscale("encode", tmp_path / "job.yaml")
+        assert failed.returncode == 3
+        assert "1 of 7 data failed" in failed.stderr
+    status = nfscale("status", tmp_path / "run")
+    assert "1 x decode_error: not an image" in status.stdout
+    assert "bad.png" in status.stdout
+    assert nfscale("encode", tmp_path / "job.yaml", "max_failed_fraction=0.2").returncode == 0
+
+
+def test_a_folder_of_unreadable_images_is_exit_2_and_nothing_is_written(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "bad.png").write_bytes(b"?")
+    settings = tiny_settings(tmp_path / "run", dataset={"kind": "folder", "path": str(tmp_path / "images")})
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
+    failed = nfscale("encode", tmp_path / "job.yaml")
+    assert failed.returncode == 2
+    assert "none of the first 1 data can be read" in failed.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["encode", "status", "decode", "verify", "review"])
+def test_every_command_has_help_with_an_example(command):
+    shown = nfscale(command, "--help")
+    assert shown.returncode == 0
+    assert f"nfscale {command} " in shown.stdout.split("Example:")[1]

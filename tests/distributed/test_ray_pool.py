@@ -1,0 +1,144 @@
+"""Real Ray in this machine: the same rows as without it, whatever is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nfscale.driver import open_run, serve
+from nfscale.store import open_weights
+from nfscale.store.run_folder import RunFolder
+from nfscale.verify import verify
+from tests.jobs import Recorder, encode_in_process, tiny_job, tiny_settings
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
+
+LONGER = {
+    "dataset": {"kind": "digits", "limit": 300},
+    "fit": {"max_steps": 400, "samples": "full", "check_every": 20, "target": None},
+    "store": {"shard_fields": 20},
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The weights that every run of `LONGER` must give."""
+    folder, _ = encode_in_process(tiny_job(tmp_path_factory.mktemp("undisturbed") / "run", **LONGER))
+    return open_weights(folder.path)
+
+
+def assert_equal_to(undisturbed, folder: RunFolder) -> None:
+    table = open_weights(folder.path)
+    assert sorted(table.to_arrow(["datum_id"])["datum_id"].to_pylist()) == sorted(
+        undisturbed.to_arrow(["datum_id"])["datum_id"].to_pylist()
+    )
+    assert (table.weights() == undisturbed.weights()).all()
+
+
+def test_a_worker_that_is_killed_is_replaced(tmp_path, undisturbed):
+    from nfscale.distributed import RayPool
+
+    class Kills(Recorder):
+        killed = 0
+
+        def on_commit(self, commit):
+            super().on_commit(commit)
+            if not self.killed and len(self.commits) == 3:
+                self.killed = _kill_one_worker()
+
+    folder, plan = open_run(tiny_job(tmp_path / "run", "workers=2", **LONGER))
+    pool = RayPool(folder, workers=2)
+    seen = Kills()
+    try:
+        serve(folder, plan, pool, [seen])
+    finally:
+        pool.close()
+    assert seen.killed
+    assert "worker-2" in {c.worker for c in seen.commits}, "the two first ones are worker-0 and worker-1"
+    assert_equal_to(undisturbed, folder)
+
+
+def _kill_one_worker() -> int:
+    """SIGKILL the newest actor process below this one; its id."""
+    found = subprocess.run(["pgrep", "-f", "ray::_FitWorker"], capture_output=True, text=True).stdout.split()
+    ours = [int(pid) for pid in found if os.getpid() in _ancestors(int(pid))]
+    os.kill(ours[-1], signal.SIGKILL)
+    return ours[-1]
+
+
+def _ancestors(pid: int) -> list[int]:
+    line = []
+    while pid > 1:
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        except FileNotFoundError:
+            break
+        line.append(pid)
+    return line
+
+
+def test_the_driver_killed_with_its_workers_costs_the_shards_in_flight(tmp_path, undisturbed):
+    settings = tiny_settings(tmp_path / "run", **LONGER) | {"workers": 2, "track": {"enabled": False}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "nfscale", "encode", str(tmp_path / "job.yaml")]
+    commits = tmp_path / "run" / "commits"
+    with open(tmp_path / "first.log", "w") as log:
+        first = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            deadline = time.monotonic() + 120
+            while len(list(commits.glob("*.json"))) < 3 and time.monotonic() < deadline and first.poll() is None:
+                time.sleep(0.05)
+        finally:
+            workers = [pid for pid in _descendants(first.pid) if "ray::_FitWorker" in _command(pid)]
+            for pid in (first.pid, *workers):
+                os.kill(pid, signal.SIGKILL)
+            first.wait()
+    before = {p.name: json.loads(p.read_text())["attempt"] for p in commits.glob("*.json")}
+    assert 3 <= len(before) < 15, (tmp_path / "first.log").read_text()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert f"resuming: {20 * len(before)} of 300 fields are committed" in again.stdout
+    after = {p.name: json.loads(p.read_text())["attempt"] for p in commits.glob("*.json")}
+    assert before.items() <= after.items(), "what was committed stays"
+    folder = RunFolder(tmp_path / "run")
+    assert not verify(folder).mismatches
+    assert_equal_to(undisturbed, folder)
+
+
+def _descendants(root: int) -> list[int]:
+    pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdecimal()]
+    return [pid for pid in pids if root in _ancestors(pid)]
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except FileNotFoundError:
+        return ""
+
+
+def test_termination_leaves_in_good_order(tmp_path):
+    settings = tiny_settings(tmp_path / "run", **LONGER) | {"workers": 1, "track": {"enabled": False}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "nfscale", "encode", str(tmp_path / "job.yaml")]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run" / "commits").glob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = [pid for pid in _descendants(running.pid) if "ray::" in _command(pid)]
+    running.terminate()
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 143
+    assert "the same command continues" in errors
+    assert "Traceback" not in errors
+    assert workers
+    deadline = time.monotonic() + 20
+    while any("ray::" in _command(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in workers if "ray::" in _command(pid)], "no worker outlives its driver"

@@ -1,0 +1,488 @@
+"""What a field becomes is its own affair: the same bits alone, in any batch, in any order, after any neighbour.
+
+Sizes are awkward on purpose (63 samples, 12 units, rows of 205 weights): a kernel that treats the end of a row
+or another alignment differently shows itself.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from nfscale.engine import Calibration, Check, Fitted, Result, Stop, calibrate, fit
+from nfscale.engine.loop import theta0_of
+from nfscale.engine.sampling import Sampler
+from nfscale.engine.step import evaluate
+from nfscale.fields import MLP
+from nfscale.optim import ESGD, Adam, Extra, Schedule
+from nfscale.rng import as_tensor, datum_seed
+from nfscale.signals import Image, Samples
+
+SEED = 3
+SIGNAL = Image(1)
+FIELD = MLP(2, 1, width=12, depth=2, omega_0=10.0, omega_hidden=10.0, weight_scale=1.0)
+STOP = Stop(max_steps=40, check_every=20)
+SCHEDULE = Schedule("cosine", total_steps=40, warmup=5)
+ADAM = Adam(0.01, SCHEDULE)
+ESGD_SHARED = ESGD(0.5, SCHEDULE)
+ESGD_OWN = ESGD(0.05, SCHEDULE, curvature="per_field")
+
+
+def smooth_image(number: int, height: int = 9, width: int = 7) -> np.ndarray:
+    draw = np.random.default_rng(number)
+    y, x = np.mgrid[0:height, 0:width] / 10
+    return np.clip(0.5 + 0.4 * np.sin(3 * draw.random() * y + 4 * draw.random() * x + 6 * draw.random()), 0, 1)
+
+
+def data_of(count: int, height: int = 9, width: int = 7) -> list[tuple[str, Samples]]:
+    return [
+        (f"{height}x{width}-{n}", SIGNAL.samples(smooth_image(n, height, width).astype(np.float32)))
+        for n in range(count)
+    ]
+
+
+DATA = data_of(5)
+
+
+def stacked(data: list[tuple[str, Samples]]) -> Samples:
+    return Samples(torch.stack([s.coordinates for _, s in data]), torch.stack([s.values for _, s in data]))
+
+
+def calibration_of(optimizer: ESGD, samples: int | str, stop: Stop = STOP) -> Calibration:
+    """From data that the tests do not fit."""
+    data = [(f"other-{n}", SIGNAL.samples(smooth_image(100 + n))) for n in range(4)]
+    available = len(data[0][1].values)
+    return calibrate(
+        FIELD,
+        SIGNAL,
+        stacked(data),
+        as_tensor([datum_seed(SEED, datum_id) for datum_id, _ in data]),
+        theta0_of(FIELD, SEED),
+        optimizer=optimizer,
+        stop=stop,
+        sampler=Sampler(available, available if samples == "full" else samples),
+    )
+
+
+def fitted(data, optimizer=ADAM, samples="full", stop=STOP, **options) -> dict[str, Fitted]:
+    """All fields by id, fitted on the CPU."""
+    if "diagonal" in optimizer.needs and "calibration" not in options:
+        options["calibration"] = calibration_of(optimizer, samples)
+    options = {"seed": SEED, "device": "cpu", **options}
+    results = list(fit(FIELD, SIGNAL, data, optimizer=optimizer, samples=samples, stop=stop, **options))
+    assert len({result.id for result in results}) == len(results)
+    return {result.id: result for result in results}
+
+
+def assert_same_bits(left: Fitted, right: Fitted) -> None:
+    assert torch.equal(left.weights, right.weights), left.id
+    assert replace(left, weights=right.weights) == right
+
+
+def assert_as_alone(together: dict[str, Fitted], data, **how) -> None:
+    """Every field of `together` is what it is when it is fitted alone."""
+    assert set(together) == {datum_id for datum_id, _ in data}
+    for datum in data:
+        alone = fitted([datum], **how)
+        assert_same_bits(together[datum[0]], alone[datum[0]])
+
+
+@pytest.mark.parametrize("samples", ["full", 16])
+@pytest.mark.parametrize("optimizer", [ADAM, ESGD_SHARED, ESGD_OWN], ids=["adam", "esgd-shared", "esgd-per_field"])
+def test_a_field_alone_has_the_bits_it_has_among_five(optimizer, samples):
+    together = fitted(DATA, optimizer, samples)
+    for result in together.values():
+        assert result.result is Result.MAX_STEPS
+        assert result.quality > result.history_quality[0] + 3  # it learned something, so that equality says something
+        assert result.history_step == [0, 20, 40]
+    assert_as_alone(together, DATA, optimizer=optimizer, samples=samples)
+
+
+@pytest.mark.parametrize("samples", ["full", 16])
+@pytest.mark.parametrize("optimizer", [ADAM, ESGD_SHARED], ids=["adam", "esgd-shared"])
+@pytest.mark.parametrize("batch", [1, 2, 3, 7])
+def test_the_batch_size_changes_no_bit(optimizer, samples, batch):
+    data = data_of(8)
+    automatic = fitted(data, optimizer, samples, batch="auto")
+    other = fitted(data, optimizer, samples, batch=batch)
+    assert set(other) == set(automatic)
+    for datum_id, result in automatic.items():
+        assert_same_bits(other[datum_id], result)
+
+
+@pytest.mark.parametrize(("width", "depth", "channels"), [(16, 3, 3), (8, 1, 1), (20, 2, 2)])
+def test_no_bit_depends_on_the_batch_for_other_layouts(width, depth, channels):
+    field, signal = MLP(2, channels, width=width, depth=depth, omega_0=10.0, omega_hidden=10.0), Image(channels)
+    draw = np.random.default_rng(0)
+    data = [(str(n), signal.samples(draw.random((6, 5, channels)))) for n in range(6)]
+
+    def run(part):
+        options = {"optimizer": Adam(3e-3, SCHEDULE), "stop": STOP, "seed": 0, "samples": 11, "device": "cpu"}
+        return {result.id: result for result in fit(field, signal, part, **options)}
+
+    together = run(data)
+    for datum in data:
+        assert_same_bits(together[datum[0]], run([datum])[datum[0]])
+
+
+def test_the_order_of_the_data_does_not_matter():
+    data = data_of(7)
+    forward = fitted(data, ESGD_SHARED, 16, batch=3)
+    backward = fitted(data[::-1], ESGD_SHARED, 16, batch=3)
+    assert set(forward) == set(backward)
+    for datum_id, result in forward.items():
+        assert_same_bits(backward[datum_id], result)
+
+
+def test_images_of_several_sizes_are_fitted_in_one_dataset():
+    sizes = [data_of(4), data_of(3, 5, 8), data_of(2, 4, 4)]
+    data = [datum for round_ in range(4) for size in sizes for datum in size[round_ : round_ + 1]]
+    together = fitted(data, samples=16, batch=2)
+    assert_as_alone(together, data, samples=16)
+
+
+def test_a_minibatch_larger_than_a_datum_takes_all_its_samples():
+    assert_same_bits(*(next(iter(fitted(DATA[:1], samples=samples).values())) for samples in ("full", 10_000)))
+
+
+def test_seeds_and_ids_decide_what_is_drawn():
+    by_seed = [next(iter(fitted(DATA[:1], samples=16, seed=seed).values())) for seed in (0, 1)]
+    assert not torch.equal(by_seed[0].weights, by_seed[1].weights)
+    twins = fitted([("a", DATA[0][1]), ("b", DATA[0][1])], samples=16)
+    assert not torch.equal(twins["a"].weights, twins["b"].weights)
+    assert twins["a"].history_quality[0] == twins["b"].history_quality[0]  # one theta0 for both
+    assert twins["a"].seed == datum_seed(SEED, "a")
+
+
+def test_max_steps_ends_a_field_that_nothing_else_ends():
+    for result in fitted(DATA).values():
+        assert result.result is Result.MAX_STEPS
+        assert result.result.ok
+        assert (result.steps, result.steps_to_target, result.restarts) == (40, None, 0)
+        assert len(result.history_quality) == 3
+
+
+def test_the_target_ends_a_field_at_the_first_check_that_reaches_it():
+    stop = Stop(max_steps=100, target=28.0, check_every=5)
+    optimizer = Adam(0.01, Schedule("constant"))
+    results = fitted(DATA, optimizer, stop=stop)
+    assert len({result.steps for result in results.values()}) > 1, "all left together: the target shows nothing"
+    for result in results.values():
+        assert result.result is Result.CONVERGED
+        assert result.steps == result.steps_to_target == result.history_step[-1]
+        assert result.quality == result.history_quality[-1] >= 28.0
+        assert all(quality < 28.0 for quality in result.history_quality[:-1])
+
+
+def test_fields_come_out_in_the_order_in_which_they_finish():
+    stop = Stop(max_steps=100, target=28.0, check_every=5)
+    results = fitted(DATA, Adam(0.01, Schedule("constant")), stop=stop)
+    steps = [result.steps for result in results.values()]
+    assert steps == sorted(steps)
+    assert steps[0] < steps[-1]
+
+
+def test_a_field_that_gains_too_little_over_the_checks_leaves_on_a_plateau():
+    """A learning rate of nearly zero gains nothing; the plateau is seen when the checks it needs have been."""
+    stop = Stop(max_steps=100, check_every=5, plateau_checks=3, plateau_gain=0.1)
+    for result in fitted(DATA, Adam(1e-9, Schedule("constant")), stop=stop).values():
+        assert result.result is Result.PLATEAU
+        assert result.result.ok
+        assert result.steps == 15
+        assert result.steps_to_target is None
+
+
+def test_a_field_that_still_gains_is_not_on_a_plateau():
+    stop = Stop(max_steps=40, check_every=5, plateau_checks=3, plateau_gain=0.1)
+    assert {result.result for result in fitted(DATA, stop=stop).values()} == {Result.MAX_STEPS}
+
+
+def test_a_huge_learning_rate_ends_as_diverged_after_its_restarts():
+    results = fitted(DATA, Adam(1000.0, SCHEDULE), stop=replace(STOP, max_restarts=2))
+    untrained = fitted(DATA, Adam(1e-12, SCHEDULE))
+    for datum_id, result in results.items():
+        assert result.result is Result.DIVERGED
+        assert not result.result.ok
+        assert result.restarts == 2
+        assert result.history_step[0] == 0
+        assert math.isfinite(result.loss)
+        assert torch.isfinite(result.weights).all()
+        # Nothing was better than theta0, so that is what is kept.
+        assert torch.equal(result.weights, theta0_of(FIELD, SEED))
+        assert result.quality == untrained[datum_id].history_quality[0]
+
+
+def test_restarts_halve_the_rate_and_nothing_else():
+    """A field that restarted k times is the field of another run at rate / 2^k."""
+    results = fitted(data_of(6), Adam(3.0, SCHEDULE), samples=16)
+    restarts = {result.restarts for result in results.values()}
+    assert len(restarts - {0}) > 1, "the rate restarts too few: choose another"
+    for count in restarts:
+        calm = fitted(data_of(6), Adam(3.0 / 2**count, SCHEDULE), samples=16)
+        for result in results.values():
+            if result.restarts == count and result.result.ok:
+                expected = calm[result.id]
+                assert expected.restarts == 0
+                assert_same_bits(replace(result, restarts=0), expected)
+
+
+def test_neighbours_of_fields_that_diverge_and_restart_keep_their_bits():
+    optimizer = Adam(10.0, SCHEDULE)
+    together = fitted(data_of(6), optimizer, batch=6)
+    outcomes = {(result.result, result.restarts) for result in together.values()}
+    assert Result.DIVERGED in {outcome for outcome, _ in outcomes}
+    assert Result.MAX_STEPS in {outcome for outcome, _ in outcomes}
+    assert_as_alone(together, data_of(6), optimizer=optimizer)
+
+
+@pytest.mark.parametrize("optimizer", [ADAM, ESGD_SHARED, ESGD_OWN], ids=["adam", "esgd-shared", "esgd-per_field"])
+def test_a_field_whose_loss_overflows_diverges_and_its_neighbours_keep_their_bits(optimizer):
+    values = DATA[0][1].values.clone()
+    values[0] = 1e30  # squared, more than float32 holds
+    wild = ("wild", Samples(DATA[0][1].coordinates, values))
+    together = fitted([*DATA[:2], wild, *DATA[2:]], optimizer)
+    assert together["wild"].result is Result.DIVERGED
+    assert together["wild"].restarts == STOP.max_restarts
+    assert torch.isfinite(together["wild"].weights).all()
+    for datum_id, result in fitted(DATA, optimizer).items():
+        assert result.restarts == 0
+        assert_same_bits(together[datum_id], result)
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.2])
+def test_loss_and_quality_are_those_of_the_weights_and_the_best_of_the_history(rate):
+    """At the higher rate the last check is not the best one for some field."""
+    stop = Stop(max_steps=60, check_every=5)
+    results = fitted(DATA, Adam(rate, Schedule("constant")), stop=stop)
+    last_is_best = []
+    for datum_id, samples in DATA:
+        result = results[datum_id]
+        rows = result.weights.repeat(2, 1)
+        loss, quality = evaluate(FIELD, SIGNAL, rows, stacked([(datum_id, samples)] * 2))
+        assert (result.loss, result.quality) == (float(loss[0]), float(quality[0]))
+        assert result.quality == max(result.history_quality)
+        last_is_best.append(result.quality == result.history_quality[-1])
+        params = {name: p[None] for name, p in result.params(FIELD.layout).items()}
+        predicted = FIELD.apply(params, samples.coordinates[None])
+        own = SIGNAL.quality(predicted, Samples(samples.coordinates[None], samples.values[None]))
+        assert float(own) == pytest.approx(result.quality, abs=1e-3)
+    if rate == 0.2:
+        assert not all(last_is_best)
+
+
+def test_shared_init_starts_every_field_from_one_draw():
+    results = fitted(DATA, Adam(1e-12, SCHEDULE))
+    assert all(torch.equal(result.weights, theta0_of(FIELD, SEED)) for result in results.values())
+    assert torch.equal(theta0_of(FIELD, SEED), FIELD.layout.ravel(FIELD.init(as_tensor([datum_seed(SEED, "")])))[0])
+
+
+def test_per_datum_init_starts_every_field_from_a_draw_of_its_own():
+    results = fitted(DATA, Adam(1e-12, SCHEDULE), init="per_datum", batch=2)
+    for datum_id, result in results.items():
+        own = FIELD.layout.ravel(FIELD.init(as_tensor([datum_seed(SEED, datum_id)])))[0]
+        torch.testing.assert_close(result.weights, own, rtol=0, atol=1e-9)
+    assert_as_alone(fitted(DATA, init="per_datum", batch=2), DATA, init="per_datum")
+
+
+def test_a_tensor_as_init_is_the_shared_start():
+    start = FIELD.layout.ravel(FIELD.init(as_tensor([12345])))[0]
+    before = start.clone()
+    results = fitted(DATA, Adam(1e-12, SCHEDULE), init=start)
+    assert all(torch.equal(result.weights, start) for result in results.values())
+    fitted(DATA, init=start)
+    assert torch.equal(start, before)
+
+
+@pytest.mark.parametrize("optimizer", [ADAM, ESGD_SHARED, ESGD_OWN], ids=["adam", "esgd-shared", "esgd-per_field"])
+def test_refilled_slots_begin_at_their_own_first_step(optimizer):
+    """Eleven data through two slots that empty at different checks: schedules and curvature follow each field."""
+    data = data_of(11)
+    stop = Stop(max_steps=60, target=26.0, check_every=10)
+    how = {"optimizer": optimizer, "samples": 16, "stop": stop}
+    together = fitted(data, **how, batch=2)
+    assert len({result.steps for result in together.values()}) > 1, "all left together: the refill shows nothing"
+    for result in together.values():
+        assert result.history_step == list(range(0, result.steps + 1, 10))
+    assert_as_alone(together, data, **how)
+
+
+class Counted:
+    """Data that count how many of them were read."""
+
+    def __init__(self, data) -> None:
+        self.data, self.read = data, 0
+
+    def __iter__(self):
+        for datum in self.data:
+            self.read += 1
+            yield datum
+
+
+def test_data_are_read_as_slots_free_up():
+    data = Counted(data_of(12))
+    results = fit(FIELD, SIGNAL, data, optimizer=ADAM, stop=STOP, seed=SEED, batch=3, device="cpu")
+    assert data.read == 0
+    finished = 0
+    for _ in results:
+        finished += 1
+        # Three that were in the slots, and those that took the place of fields already handed out.
+        assert data.read <= 3 * math.ceil(finished / 3)
+    assert finished == data.read == 12
+
+
+def test_data_of_other_sizes_are_read_ahead_by_no_more_than_the_slots():
+    small, large = data_of(10, 4, 4), data_of(10, 5, 5)
+    data = Counted([datum for pair in zip(small, large, strict=True) for datum in pair])
+    finished = 0
+    for _ in fit(FIELD, SIGNAL, data, optimizer=ADAM, stop=STOP, seed=SEED, batch=3, device="cpu"):
+        finished += 1
+        # In the slots, waiting for slots of the other size, and handed out (up to a batch of them at once).
+        assert data.read <= finished + 2 * 3
+    assert finished == data.read == 20
+
+
+def test_no_data_give_no_fields():
+    assert fitted([]) == {}
+
+
+def test_shared_curvature_without_a_calibration_is_refused_with_the_way_out():
+    with pytest.raises(ValueError, match=r"calibration=.*calibrate"):
+        list(fit(FIELD, SIGNAL, DATA, optimizer=ESGD_SHARED, stop=STOP, seed=SEED, device="cpu"))
+
+
+@pytest.mark.parametrize(("max_steps", "check_every", "ways_out"), [(70, 50, "50 or 100"), (130, 40, "120 or 160")])
+def test_max_steps_that_no_check_would_meet_are_refused_with_the_ways_out(max_steps, check_every, ways_out):
+    with pytest.raises(ValueError, match=rf"{max_steps}.*check_every={check_every}.*{ways_out}"):
+        Stop(max_steps=max_steps, check_every=check_every)
+
+
+def test_fewer_steps_than_a_check_are_checked_at_their_end():
+    stop = Stop(max_steps=15, check_every=50)
+    assert stop.cadence == 15
+    assert [result.history_step for result in fitted(DATA[:2], stop=stop).values()] == [[0, 15]] * 2
+
+
+def test_wall_seconds_are_the_clocks_divided_among_the_fields():
+    ticks = iter(range(10_000))
+    results = fitted(DATA, batch=2, clock=lambda: float(next(ticks)))
+    # Two readings around each of the two segments of each batch of 2, 2 and 1 fields: 1 second a segment.
+    assert [results[datum_id].wall_seconds for datum_id, _ in DATA] == [1.0, 1.0, 1.0, 1.0, 2.0]
+    assert all(result.wall_seconds == 0 for result in fitted(DATA[:1]).values())
+
+
+def test_the_observer_hears_of_every_check():
+    heard = []
+    fitted(DATA, batch=2, observe=heard.append)
+    active_and_finished = [(2, 0), (2, 2), (2, 0), (2, 2), (1, 0), (1, 1)]
+    assert heard == [Check(active, finished, 20 * active) for active, finished in active_and_finished]
+
+
+class Louder(Image):
+    """The same images with another unit of the loss."""
+
+    def loss(self, predicted, samples):
+        return 1e3 * super().loss(predicted, samples)
+
+
+@pytest.mark.parametrize("curvature", ["shared", "per_field"])
+def test_the_unit_of_the_loss_changes_no_esgd_fit(curvature):
+    """Two segments of the loop, curvature measured by it or by a calibration: equal up to rounding."""
+    optimizer, stop = ESGD(0.2, SCHEDULE, curvature=curvature, update_every=5), Stop(max_steps=10, check_every=5)
+    results = []
+    for signal in (SIGNAL, Louder(1)):
+        options = {}
+        if curvature == "shared":
+            seeds = as_tensor([datum_seed(SEED, datum_id) for datum_id, _ in DATA])
+            start, sampler = theta0_of(FIELD, SEED), Sampler(63, 63)
+            options["calibration"] = calibrate(
+                FIELD, signal, stacked(DATA), seeds, start, optimizer=optimizer, stop=stop, sampler=sampler
+            )
+        fields = fit(FIELD, signal, DATA, optimizer=optimizer, stop=stop, seed=SEED, device="cpu", **options)
+        results.append({result.id: result for result in fields})
+    for datum_id, result in results[0].items():
+        moved = (result.weights - theta0_of(FIELD, SEED)).square().mean().sqrt()
+        assert moved > 1e-3
+        torch.testing.assert_close(results[1][datum_id].weights, result.weights, rtol=1e-3, atol=1e-3 * float(moved))
+
+
+def test_the_calibration_at_theta0_is_the_row_norms_of_the_mean_hessian_square():
+    """Sixteen fields probe four times each; full Hessians of a field of 17 weights say what they should find."""
+    field = MLP(2, 1, width=4, depth=1, omega_0=5.0)
+    data = data_of(16, 5, 5)
+    seeds, theta0 = as_tensor([datum_seed(SEED, datum_id) for datum_id, _ in data]), theta0_of(field, SEED)
+    shared = calibrate(
+        field,
+        SIGNAL,
+        stacked(data),
+        seeds,
+        theta0,
+        optimizer=ESGD(0.1, SCHEDULE, beta2=0.9),
+        stop=Stop(max_steps=1),
+        sampler=Sampler(25, 25),
+    )
+    assert shared.diagonal.shape == (1, field.layout.size)
+    row_norms, variances = [], []
+    for _, samples in data:
+
+        def loss(row, samples=samples):
+            predicted = field.apply(field.layout.unravel(row[None]), samples.coordinates[None].double())
+            return (predicted[0] - samples.values.double()).square().mean()
+
+        hessian = torch.autograd.functional.hessian(loss, theta0.double())
+        row_norms.append(hessian.square().sum(dim=1))
+        variances.append(2 * (row_norms[-1].square() - hessian.pow(4).sum(dim=1)))
+    # Four probes of each field at theta0, weighed as a running mean of beta2 = 0.9.
+    weights = 0.1 * 0.9 ** torch.arange(4, dtype=torch.float64) / (1 - 0.9**4)
+    error = (torch.stack(variances).mean(dim=0) / len(data) * weights.square().sum()).sqrt()
+    difference = shared.diagonal[0].double().square() - torch.stack(row_norms).mean(dim=0)
+    assert (difference.abs() < 3 * error).all()
+    assert (difference.abs() > 0.2 * error).any()  # an error bar of honest size
+
+
+def test_a_calibration_says_what_holds_at_each_step():
+    shared = Calibration(torch.arange(6.0).view(3, 2), torch.tensor([1.0, 2.0, 3.0]), every=10)
+    diagonal, step_rms = shared.at(torch.tensor([0, 9, 10, 25, 999]))
+    assert step_rms.tolist() == [1.0, 1.0, 2.0, 3.0, 3.0]
+    assert diagonal.tolist() == [[0.0, 1.0], [0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [4.0, 5.0]]
+
+
+def test_a_calibration_has_one_row_per_update_and_ends_at_the_target():
+    whole = calibration_of(ESGD_SHARED, 16)
+    assert whole.every == 10
+    assert whole.diagonal.shape == (4, FIELD.layout.size)
+    assert (whole.diagonal >= 0).all()
+    assert (whole.step_rms > 0).all()
+    early = calibration_of(ESGD_SHARED, 16, stop=replace(STOP, target=10.0))
+    assert early.diagonal.shape == (2, FIELD.layout.size)
+    assert torch.equal(early.diagonal, whole.diagonal[:2])
+    assert torch.equal(early.step_rms, whole.step_rms[:2])
+
+
+def test_shared_steps_are_no_longer_than_the_calibrations():
+    """Values a thousand times too large would throw a field far; the clip holds every step to the typical length."""
+    optimizer = ESGD(0.5, Schedule("constant"), clip=1.0)
+    shared = calibration_of(optimizer, "full")
+    wild = [("wild", Samples(DATA[0][1].coordinates, 1e3 * DATA[0][1].values))]
+    stop = Stop(max_steps=10, check_every=10)
+    for clip, holds in ((1.0, True), (None, False)):
+        result = fitted(wild, replace(optimizer, clip=clip), stop=stop, calibration=shared)["wild"]
+        moved = (result.weights - theta0_of(FIELD, SEED)).square().mean().sqrt()
+        assert bool(moved <= 10 * 0.5 * shared.step_rms[0] * (1 + 1e-5)) == holds
+
+
+def test_optimisers_by_name_see_what_optimisers_by_row_see():
+    """`elementwise` is an option of speed: the same fit where the loop hands over tensors by name."""
+
+    class ByName(Adam):
+        elementwise = False
+
+        def update(self, grads, state, params, extra: Extra):
+            assert [tuple(p.shape[1:]) for p in params.values()] == [e.shape for e in FIELD.layout.entries]
+            assert list(grads) == [entry.name for entry in FIELD.layout.entries]
+            return super().update(grads, state, params, extra)
+
+    by_name, by_row = (fitted(DATA, kind(0.01, SCHEDULE), samples=16, batch=2) for kind in (ByName, Adam))
+    for datum_id, result in by_row.items():
+        torch.testing.assert_close(by_name[datum_id].weights, result.weights, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,231 @@
+"""A run in one process: rows, determinism, resume, hostile data, verification."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from nfscale.coordinator import Failure, Lease
+from nfscale.driver import InProcessPool, open_run, remaining
+from nfscale.encode import OpenRun, ShardReport, encode_shard
+from nfscale.errors import CallerError, EncodeError
+from nfscale.store import open_weights
+from nfscale.store.run_folder import Commit, Shard
+from nfscale.verify import verify
+from tests.jobs import Recorder, encode_in_process, tiny_job
+
+
+def test_every_datum_has_one_row_and_the_observer_hears_of_it(tmp_path):
+    seen = Recorder()
+    folder, summary = encode_in_process(tiny_job(tmp_path / "run"), seen)
+    table = open_weights(folder.path).to_arrow()
+    assert table.num_rows == summary.fields == seen.fields == 48
+    assert len(set(table["datum_id"].to_pylist())) == 48
+    assert folder.is_complete
+    assert [c.shard for c in seen.commits] == ["shard-00000", "shard-00001", "shard-00002"]
+    assert [c.order for c in folder.commits()] == [1, 2, 3], "the calibration had the first lease"
+    row = table.slice(0, 1).to_pylist()[0]
+    assert row["history_step"][0] == 0
+    assert row["history_step"][-1] == row["steps"]
+    assert max(row["history_quality"]) == pytest.approx(row["quality"])
+    assert dict(row["metrics"])["height"] == 8
+    assert row["wall_seconds"] > 0
+    assert isinstance(row["label"], int)
+
+
+@pytest.mark.parametrize("optimizer", [{"kind": "esgd", "calibration_data": 8}, {"kind": "adam"}])
+def test_weights_do_not_depend_on_batch_or_shards(tmp_path, optimizer):
+    one, _ = encode_in_process(tiny_job(tmp_path / "one", optimizer=optimizer))
+    other, _ = encode_in_process(
+        tiny_job(tmp_path / "other", "fit.batch=3", "store.shard_fields=7", optimizer=optimizer)
+    )
+    assert (open_weights(one.path).weights() == open_weights(other.path).weights()).all()
+
+
+def test_fields_may_start_from_draws_of_their_own(tmp_path):
+    job = tiny_job(tmp_path / "run", "optimizer.kind=adam", "field.init=per_datum", "fit.max_steps=20")
+    folder, _ = encode_in_process(job)
+    table = open_weights(folder.path)
+    assert table.theta0 is None
+    assert not folder.has_calibration
+    assert len(np.unique(table.weights()[:, 0])) == 48
+
+
+def test_a_driver_that_dies_costs_the_shards_in_flight(tmp_path):
+    job = tiny_job(tmp_path / "run")
+
+    class Dies(Recorder):
+        def on_commit(self, commit: Commit) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_in_process(job, Dies())
+    resumed = Recorder()
+    folder, summary = encode_in_process(job, resumed)
+    assert [c.shard for c in resumed.before] == ["shard-00000"]
+    assert summary.fitted_here == 32
+    undisturbed, _ = encode_in_process(tiny_job(tmp_path / "undisturbed"))
+    assert (open_weights(folder.path).weights() == open_weights(undisturbed.path).weights()).all()
+
+
+def test_the_second_attempt_at_a_shard_loses_and_leaves_nothing(tmp_path):
+    folder, _ = encode_in_process(tiny_job(tmp_path / "run"))
+    before = sorted(p.name for p in (folder.path / "data").iterdir())
+    run = OpenRun(folder)
+    *_, report = encode_shard(run, run.plan.shards()[0], attempt="late", order=99, worker="zombie")
+    assert isinstance(report, ShardReport)
+    assert not report.won
+    assert sorted(p.name for p in (folder.path / "data").iterdir()) == before
+
+
+def test_a_shard_that_was_cut_stays_cut():
+    shards = [Shard(0, 0, 8), Shard(1, 8, 16)]
+    commit = {"index": 0, "file": "", "rows": 0, "bytes": 0, "sha256": "", "attempt": "", "worker": "", "seconds": 0.0}
+    commit |= {"committed_at": 0.0, "fit_seconds": 0.0, "counts": {}, "quality": {}, "steps_mean": 0.0, "start": 0}
+    done = [Commit(shard=name, order=i, stop=0, **commit) for i, name in enumerate(["shard-00000-a", "shard-00000-ba"])]
+    assert [s.name for s in remaining(shards, done)] == ["shard-00000-bb", "shard-00001"]
+    assert remaining(shards, [])[0].name == "shard-00000"
+
+
+def test_a_folder_of_another_job_is_refused_and_left_alone(tmp_path):
+    folder, _ = encode_in_process(tiny_job(tmp_path / "run"))
+    before = {p: p.stat().st_mtime_ns for p in folder.path.rglob("*")}
+    with pytest.raises(CallerError, match=r"belongs to another job: they differ in fit.max_steps \(60 .* 80 now\)"):
+        open_run(tiny_job(tmp_path / "run", "fit.max_steps=80"))
+    assert {p: p.stat().st_mtime_ns for p in folder.path.rglob("*")} == before
+
+
+def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(CallerError, match="not empty and not a run folder"):
+        open_run(tiny_job(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_options_that_change_no_result_resume_the_run(tmp_path):
+    encode_in_process(tiny_job(tmp_path / "run"))
+    folder, plan = open_run(tiny_job(tmp_path / "run", "workers=3", "store.shard_fields=5", "fit.batch=2", "name=other"))
+    assert plan.shard_fields == 16
+    assert folder.is_complete
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Twelve good images of two sizes and five bad ones."""
+    root = tmp_path / "images"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        shape = (8, 8, 3) if index % 2 else (4, 12, 3)
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(root / f"good-{index:02d}.png")
+    Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(root / "bad-grey.png")
+    (root / "bad-empty.png").write_bytes(b"")
+    (root / "bad-text.png").write_text("hello")
+    (root / "bad-cut.png").write_bytes((root / "good-00.png").read_bytes()[:80])
+    (root / "bad-gone.png").symlink_to(root / "nowhere")
+    return root
+
+
+def _folder_job(tmp_path, root, name):
+    dataset = {"kind": "folder", "path": str(root), "pattern": None}
+    return tiny_job(tmp_path / name, "max_failed_fraction=0.5", "optimizer.kind=adam", "signal.channels=3", dataset=dataset)
+
+
+def test_bad_data_are_rows_and_cost_no_neighbour(tmp_path, photographs):
+    folder, summary = encode_in_process(_folder_job(tmp_path, photographs, "with"))
+    rows = {row["datum_id"]: row for row in open_weights(folder.path).to_arrow().to_pylist()}
+    bad = {name: row for name, row in rows.items() if name.startswith("bad")}
+    assert set(bad) == {"bad-grey.png", "bad-empty.png", "bad-text.png", "bad-cut.png"}, "a dead link is no file"
+    for row in bad.values():
+        assert row["status"] == "decode_error"
+        assert row["reason"]
+        assert np.isnan(row["weights"]).all()
+    assert "1 channels" in bad["bad-grey.png"]["reason"]
+    assert summary.failed == 4
+    assert not verify(folder).mismatches
+    for path in photographs.glob("bad*"):
+        path.unlink()
+    without, _ = encode_in_process(_folder_job(tmp_path, photographs, "without"))
+    good = {row["datum_id"]: row for row in open_weights(without.path).to_arrow().to_pylist()}
+    assert {n: r["weights"] for n, r in rows.items() if n in good} == {n: r["weights"] for n, r in good.items()}
+
+
+def test_a_dataset_that_changed_since_the_plan_is_refused(tmp_path, photographs):
+    folder, _ = encode_in_process(_folder_job(tmp_path, photographs, "run"))
+    (photographs / "good-00.png").unlink()
+    with pytest.raises(CallerError, match="its dataset has other ids now"):
+        open_run(_folder_job(tmp_path, photographs, "run"))
+    with pytest.raises(EncodeError, match="other ids than when the run was planned"):
+        verify(folder)
+
+
+def test_a_quarantined_datum_is_a_row_that_was_not_read(tmp_path, photographs):
+    folder, _ = open_run(_folder_job(tmp_path, photographs, "run"))
+    pool = InProcessPool(folder)
+    shard = Shard(0, 3, 4, "aab")
+    pool.start(Lease(0, shard, "in-process", quarantine="crash in each attempt: the worker process died"))
+    (event,) = pool.poll(0)
+    row = pq.read_table(folder.path / event.report.commit.file).to_pylist()[0]
+    assert row["status"] == "crashed"
+    assert row["reason"].startswith("crash in each attempt")
+
+
+def test_an_error_of_a_lease_is_told_and_not_raised(tmp_path):
+    folder, _ = open_run(tiny_job(tmp_path / "run"))
+    pool = InProcessPool(folder)
+    pool.start(Lease(0, Shard(0, 0, 16), "in-process"))  # before the calibration: its file is missing
+    (event,) = pool.poll(0)
+    assert event.failure is Failure.TASK
+    assert "calibration.parquet" in event.message
+    assert pool.idle() == ["in-process"]
+
+
+def test_verify_measures_what_was_recorded(tmp_path):
+    folder, _ = encode_in_process(tiny_job(tmp_path / "run"))
+    found = verify(folder)
+    assert (found.files, found.rows, found.decoded, found.mismatches) == (3, 48, 48, [])
+    assert found.largest_difference < 1e-3
+
+
+def test_verify_names_a_flipped_byte(tmp_path):
+    folder, _ = encode_in_process(tiny_job(tmp_path / "run"))
+    path = folder.path / folder.commits()[1].file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    (mismatch,) = verify(folder).mismatches
+    assert mismatch.startswith("shard-00001: ")
+    assert "its bytes have changed" in mismatch
+
+
+def test_verify_sees_weights_that_do_not_decode_to_their_quality(tmp_path):
+    folder, _ = encode_in_process(tiny_job(tmp_path / "run"))
+    commit = folder.commits()[0]
+    path = folder.path / commit.file
+    table = pq.read_table(path)
+    quality = table["quality"].to_numpy().copy()
+    quality[3] += 0.2
+    position = table.schema.get_field_index("quality")
+    import pyarrow as pa
+
+    from nfscale.store.files import sha256_of
+    from nfscale.store.schema import write_parquet
+
+    write_parquet(table.set_column(position, table.schema.field(position), pa.array(quality)), path)
+    record = folder.path / "commits" / f"{commit.shard}.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"sha256": sha256_of(path)}))
+    (mismatch,) = verify(folder).mismatches
+    assert "decodes to" in mismatch
+
+
+def test_verify_misses_a_commit(tmp_path):
+    folder, _ = encode_in_process(tiny_job(tmp_path / "run"))
+    (folder.path / "commits" / "shard-00002.json").unlink()
+    assert any("32 rows are committed of 48" in m for m in verify(folder).mismatches)
+
+
+def test_a_calibration_that_diverges_says_what_to_change(tmp_path):
+    with pytest.raises(EncodeError, match="the calibration failed: the calibration diverged"):
+        encode_in_process(tiny_job(tmp_path / "run", "optimizer.learning_rate=1e30", "optimizer.clip=null"))

@@ -1,0 +1,161 @@
+"""The MLflow run, read back with MlflowClient: it holds what the table holds, once, however often it is written."""
+
+import socket
+
+import pytest
+
+from nfscale.store import open_weights
+from nfscale.track import Tracker, tracking_uri
+from tests.jobs import Recorder, encode_in_process, tiny_job
+
+mlflow = pytest.importorskip("mlflow")
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def encode_tracked(job, *observers):
+    """A run with its tracker, as the command line makes it, without the report."""
+    from nfscale.driver import InProcessPool, open_run, serve
+
+    folder, plan = open_run(job)
+    warnings = []
+    tracker = Tracker(folder, plan, warnings.append)
+    state = "KILLED"
+    try:
+        for observer in (tracker, *observers):
+            observer.on_start(folder, plan, folder.commits())
+        if not folder.is_complete:
+            serve(folder, plan, InProcessPool(folder), [tracker, *observers])
+        state = "FINISHED"
+    finally:
+        tracker.close(state)
+    return folder, tracker, warnings
+
+
+def client_of(folder):
+    return mlflow.MlflowClient(tracking_uri(folder))
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        folder, tracker, warnings = encode_tracked(tiny_job(tmp_path_factory.mktemp("tracked") / "runs" / "tiny"))
+    assert not warnings
+    return folder, tracker.run_id
+
+
+def test_the_store_is_beside_the_output(tracked):
+    folder, _ = tracked
+    assert (folder.path.parent / "mlruns.db").exists()
+
+
+def test_per_datum_points_are_those_of_the_table(tracked):
+    folder, run_id = tracked
+    table = {row["index"]: row for row in open_weights(folder.path).to_arrow().to_pylist()}
+    for name in ("quality", "steps", "steps_to_target"):
+        expected = {index: row[name] for index, row in table.items() if row[name] is not None}
+        points = {m.step: m.value for m in client_of(folder).get_metric_history(run_id, f"datum/{name}")}
+        assert points == pytest.approx(expected)
+    assert len(table) == 48
+
+
+def test_params_tags_inputs_and_totals(tracked):
+    folder, run_id = tracked
+    run = client_of(folder).get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["field.width"] == "16"
+    assert run.data.params["optimizer.kind"] == "esgd"
+    assert run.data.tags["nfscale.fingerprint"] == folder.plan().fingerprint
+    assert {i.dataset.name for i in run.inputs.dataset_inputs} == {"digits", "tiny weights"}
+    assert sum(v for k, v in run.data.metrics.items() if k.startswith("count/")) == 48
+    quality = open_weights(folder.path).to_arrow(["quality"])["quality"].to_numpy()
+    assert run.data.metrics["quality/mean"] == pytest.approx(quality.mean())
+    medians = client_of(folder).get_metric_history(run_id, "convergence/quality_p50")
+    assert [m.step for m in medians] == [0, 20, 40, 60]
+
+
+def test_every_shard_has_its_aggregates(tracked):
+    folder, run_id = tracked
+    points = client_of(folder).get_metric_history(run_id, "shard/quality_p50")
+    assert {p.step: p.value for p in points} == {c.order: pytest.approx(c.quality["p50"]) for c in folder.commits()}
+
+
+def test_writing_it_again_doubles_nothing(tracked):
+    folder, run_id = tracked
+    before = {
+        name: len(client_of(folder).get_metric_history(run_id, name))
+        for name in client_of(folder).get_run(run_id).data.metrics
+    }
+    tracker = Tracker(folder, folder.plan(), print)
+    tracker.on_start(folder, folder.plan(), folder.commits())
+    tracker.close("FINISHED")
+    assert tracker.run_id == run_id
+    after = {name: len(client_of(folder).get_metric_history(run_id, name)) for name in before}
+    assert after == before
+    (experiment,) = [e for e in client_of(folder).search_experiments() if e.name == "nfscale"]
+    assert len(client_of(folder).search_runs([experiment.experiment_id])) == 1
+
+
+def test_a_run_that_was_killed_is_continued(tmp_path, tracked):
+    import shutil
+
+    home = tmp_path / "runs"
+    home.mkdir()
+    shutil.copy(tracked[0].path.parent / "mlruns.db", home / "mlruns.db")  # migrated already: saves seconds
+
+    class Dies(Recorder):
+        def on_commit(self, commit):
+            raise KeyboardInterrupt
+
+    job = tiny_job(home / "other", "seed=1")
+    with pytest.raises(KeyboardInterrupt):
+        encode_tracked(job, Dies())
+    folder, tracker, warnings = encode_tracked(job)
+    assert not warnings
+    run = client_of(folder).get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    points = client_of(folder).get_metric_history(tracker.run_id, "datum/quality")
+    assert len(points) == len({p.step for p in points}) == 48
+    assert folder.is_tracked
+
+
+def test_a_server_that_is_down_is_a_warning_and_is_made_up_for_later(tmp_path, monkeypatch, tracked):
+    import shutil
+
+    home = tmp_path / "runs"
+    home.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    folder, _, warnings = encode_tracked(tiny_job(home / "run"))
+    assert folder.is_complete
+    assert not folder.is_tracked
+    assert len(warnings) == 1
+    assert "does not have this run" in warnings[0]
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    shutil.copy(tracked[0].path.parent / "mlruns.db", home / "mlruns.db")
+    folder, tracker, warnings = encode_tracked(tiny_job(home / "run"))
+    assert not warnings
+    assert len(client_of(folder).get_metric_history(tracker.run_id, "datum/quality")) == 48
+
+
+def test_a_large_job_has_no_points_per_datum(tmp_path, tracked):
+    import shutil
+
+    (tmp_path / "runs").mkdir()
+    shutil.copy(tracked[0].path.parent / "mlruns.db", tmp_path / "runs" / "mlruns.db")
+    job = tiny_job(tmp_path / "runs" / "large", track={"per_datum_limit": 47})
+    folder, tracker, _ = encode_tracked(job)
+    assert client_of(folder).get_metric_history(tracker.run_id, "datum/quality") == []
+    assert len(client_of(folder).get_metric_history(tracker.run_id, "shard/fields")) == 3
+
+
+def test_encode_in_process_needs_no_tracker(tmp_path):
+    encode_in_process(tiny_job(tmp_path / "run", "fit.max_steps=20"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
