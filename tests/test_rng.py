@@ -61,7 +61,9 @@ def test_philox_equals_unbounded_integer_arithmetic(key, counter):
 def test_words_are_the_lanes_of_the_counter_in_order():
     seed, step = datum_seed(0, "datum-0"), 5
     lanes = [philox_of_integers(seed, [lane, step, int(Stream.SAMPLING), 0]) for lane in range(3)]
-    assert words(as_tensor([seed]), Stream.SAMPLING, step, 10).tolist() == [sum(lanes, [])[:10]]
+    assert words(as_tensor([seed]), Stream.SAMPLING, step, 10).tolist() == [
+        [word for lane in lanes for word in lane][:10]
+    ]
 
 
 @pytest.mark.parametrize("draw", [words, uniform, rademacher])

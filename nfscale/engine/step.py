@@ -3,6 +3,8 @@
 `plain_gradient` (autograd) is the oracle: a faster step is a twin with its signature.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -42,24 +44,28 @@ def _loss_of(field: Field, signal: Signal, samples: Samples):
 def evaluate(field: Field, signal: Signal, rows: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
     """Loss [F] and quality [F] over all samples of each field, a few fields at a time."""
     count, available = samples.values.shape[:2]
-    chunk = fields_at_once(field, available)
     losses, qualities = [], []
-    start = 0
-    while start < count:
-        # A lone field may take another path through the matrix library, so no chunk is left with one.
-        stop = count if count - start <= chunk + 1 else start + chunk
+    for start, stop in field_chunks(field, count, available):
         part = slice_fields(samples, start, stop)
         predicted = field.apply(field.layout.unravel(rows[start:stop]), part.coordinates)
         losses.append(signal.loss(predicted, part))
         qualities.append(signal.quality(predicted, part))
-        start = stop
     return torch.cat(losses), torch.cat(qualities)
 
 
-def fields_at_once(field: Field, available: int) -> int:
-    """How many fields to evaluate together at this many samples each."""
+def field_chunks(field: Field, count: int, available: int) -> Iterator[tuple[int, int]]:
+    """Ranges of fields to evaluate together at `available` samples each, so that activations stay in cache.
+
+    No range has one field unless there is one in all: a lone field takes another path through the matrix
+    library and may round differently.
+    """
     widest = max(entry.shape[0] for entry in field.layout.entries)
-    return max(2, _EVALUATION_BYTES // (4 * available * widest))
+    size = max(2, _EVALUATION_BYTES // (4 * available * widest))
+    start = 0
+    while start < count:
+        stop = count if count - start <= size + 1 else start + size
+        yield start, stop
+        start = stop
 
 
 def slice_fields(samples: Samples, start: int, stop: int) -> Samples:

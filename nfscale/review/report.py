@@ -109,9 +109,13 @@ def _galleries(run: OpenRun, table: WeightsTable, rows: pa.Table) -> dict[str, A
     middle = max(0, len(ids) // 2 - _ROW // 2)
     chosen = {"worst": ids[:_ROW], "median": ids[middle : middle + _ROW], "best": ids[::-1][:_ROW]}
     shown = _Shown(run, table, fitted)
-    galleries = [
-        (name, [_figure(picture) for picture in shown.pictures(datum_ids)]) for name, datum_ids in chosen.items()
-    ]
+    drawn = {name: shown.pictures(datum_ids) for name, datum_ids in chosen.items()}
+    galleries = [(name, [_figure(picture) for picture in found]) for name, found in drawn.items()]
+    everyone = [picture for found in drawn.values() for picture in found]
+    if everyone:
+        cells = [side for picture in everyone for side in _sides(picture)]
+        sheet = pictures.encoded(pictures.grid(cells, columns=3 * _ROW), "PNG")
+        files.replace(run.folder.report.with_name("worst-median-best.png"), sheet)
     return {"galleries": galleries, "mosaic": shown.mosaic(ids), "canvases": shown.canvases(ids)}
 
 
@@ -195,11 +199,15 @@ def _place_of(dataset: Dataset) -> Any:
     return getattr(whole, "place", None)
 
 
-def _figure(picture: _Picture) -> dict[str, Any]:
+def _sides(picture: _Picture) -> list[np.ndarray]:
+    """Original, reconstruction and error, small ones enlarged."""
     sides = [picture.original, picture.rebuilt, pictures.error_map(picture.original, picture.rebuilt)]
     enlarge = max(1, 128 // max(picture.original.shape[:2]))
-    enlarged = [pictures.enlarged(pictures.to_uint8(side), enlarge) for side in sides]
-    uris = [pictures.data_uri(pictures.encoded(side, "PNG"), "png") for side in enlarged]
+    return [pictures.enlarged(pictures.to_uint8(side), enlarge) for side in sides]
+
+
+def _figure(picture: _Picture) -> dict[str, Any]:
+    uris = [pictures.data_uri(pictures.encoded(side, "PNG"), "png") for side in _sides(picture)]
     return {"id": picture.id, "quality": picture.quality, "images": uris}
 
 

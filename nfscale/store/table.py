@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from nfscale.engine.step import fields_at_once
+from nfscale.engine.step import field_chunks
 from nfscale.errors import CallerError
 from nfscale.fields import FIELDS, Field
 from nfscale.layout import Layout
@@ -154,8 +154,13 @@ class WeightsTable:
     @torch.no_grad()
     def values(self, weights: Tensor, coordinates: Tensor) -> Tensor:
         """The fields' values at coordinates: [F, P], [N, D] -> [F, N, C], a few fields at a time."""
-        parts = weights.split(fields_at_once(self.field, len(coordinates)))
-        return torch.cat([self.field.apply(self.layout.unravel(part), coordinates[None]) for part in parts])
+        count = len(weights)
+        pair = weights.expand(2, -1) if count == 1 else weights  # a lone field rounds differently, see field_chunks
+        parts = [
+            self.field.apply(self.layout.unravel(pair[start:stop]), coordinates[None])
+            for start, stop in field_chunks(self.field, len(pair), len(coordinates))
+        ]
+        return torch.cat(parts)[:count]
 
     def torch_dataset(self, standardize: Literal["train", "all"] | None = "train") -> torch.utils.data.TensorDataset:
         """(weights - theta0, label) of the rows that are ok, standardised per weight: float32 [P], int64.

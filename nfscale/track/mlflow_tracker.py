@@ -8,13 +8,16 @@ All calls happen in one background thread: opening a fresh SQLite store takes se
 a tracking server that is slow or down must not keep workers waiting. Errors are told once and then kept.
 """
 
+import contextlib
 import json
 import logging
 import os
 import queue
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,7 @@ from nfscale.store.run_folder import Commit, Plan, RunFolder
 from nfscale.store.table import WeightsTable
 
 _BATCH = 1000  # metrics that MLflow takes in one call
+_MODEL_TAG = "nfscale.model"
 _PERCENTILES = {"p05": 5, "p50": 50, "p95": 95}
 
 
@@ -277,6 +281,33 @@ class _Projection:
         for path in sorted(self.folder.report.parent.iterdir()):
             if not path.name.startswith("."):
                 self.client.log_artifact(self.run_id, str(path), "review")
+        if self.folder.is_complete and _MODEL_TAG not in self.client.get_run(self.run_id).data.tags:
+            self._register_decoder()
+
+    def _register_decoder(self) -> None:
+        """A registered model that decodes ids of this run to data, made once per run."""
+        import mlflow
+        from mlflow.exceptions import MlflowException
+        from mlflow.models import ModelSignature
+        from mlflow.types import ColSpec, Schema
+
+        name = f"nfscale-{self.plan.job['name']}"
+        mlflow.set_tracking_uri(tracking_uri(self.folder))
+        with mlflow.start_run(run_id=self.run_id), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice to add type hints to predict
+            logged = mlflow.pyfunc.log_model(
+                name="decoder",
+                python_model=str(Path(__file__).with_name("decoder.py")),
+                model_config={"run": str(self.folder.path.resolve())},
+                signature=ModelSignature(
+                    Schema([ColSpec("string", "datum_id")] + [ColSpec("long", s, False) for s in ("height", "width")])
+                ),
+                pip_requirements=["nfscale"],  # inferring them starts pip and takes seconds
+            )
+        with contextlib.suppress(MlflowException):  # it exists: this is another version of it
+            self.client.create_registered_model(name)
+        self.client.create_model_version(name, source=logged.model_uri, run_id=self.run_id)
+        self.client.set_tag(self.run_id, _MODEL_TAG, name)
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Sequence[tuple[str, str]]:

@@ -1,5 +1,7 @@
 """Draws are one per stratum, without replacement within a pass, and a function of seed and step alone."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ def zeros(count: int) -> torch.Tensor:
 def runs_of(available: int, per_step: int) -> list[range]:
     """The strata: consecutive, nearly equal, together all samples."""
     edges = [index * available // per_step for index in range(per_step + 1)]
-    return [range(start, stop) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+    return [range(start, stop) for start, stop in pairwise(edges)]
 
 
 @pytest.mark.parametrize(("available", "per_step"), SIZES)

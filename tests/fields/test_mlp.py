@@ -1,6 +1,7 @@
 """The batched MLP is SIREN: field by field the network that torch.nn.Linear would make, from the papers' init."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -20,8 +21,7 @@ class Siren(torch.nn.Module):
         widths = [mlp.dimensions, *[mlp.width] * mlp.depth, mlp.channels]
         self.omegas = [mlp.omega_0] + [mlp.omega_hidden] * (mlp.depth - 1)
         self.layers = torch.nn.ModuleList(
-            torch.nn.Linear(fan_in, fan_out, dtype=torch.float64)
-            for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True)
+            torch.nn.Linear(fan_in, fan_out, dtype=torch.float64) for fan_in, fan_out in pairwise(widths)
         )
         self.load_state_dict({name: tensor.double() for name, tensor in params.items()})
 

@@ -78,7 +78,9 @@ def test_adam_is_torch_adam_at_gradients_of_any_size(scale):
         extra = Extra(torch.full((2,), iteration), torch.ones(2))
         updates, state = adam.update({"rows": noise}, state, params, extra)
         params = {"rows": params["rows"] + updates["rows"]}
-    torch.testing.assert_close(params["rows"], theirs.detach(), rtol=1e-5, atol=1e-6 * float(theirs.detach().abs().max()))
+    torch.testing.assert_close(
+        params["rows"], theirs.detach(), rtol=1e-5, atol=1e-6 * float(theirs.detach().abs().max())
+    )
 
 
 def test_the_first_step_is_the_learning_rate_against_the_sign_of_the_gradient():

@@ -69,7 +69,7 @@ def test_the_product_of_each_mlp_is_that_of_its_full_hessian():
     params = mlp_params(torch.float64)
     layout = SMALL_MLP.layout
     probe = layout.unravel(rademacher(SEEDS, Stream.PROBE, 0, layout.size).double())
-    _, grads, products = gradient_and_hvp(mlp_losses(coordinates, values), params, probe)
+    _, _, products = gradient_and_hvp(mlp_losses(coordinates, values), params, probe)
     for index in range(3):
 
         def loss(row, index=index):

@@ -2,8 +2,11 @@
 
 import socket
 
+import numpy as np
+import pandas as pd
 import pytest
 
+from nfscale.review import make_report
 from nfscale.store import open_weights
 from nfscale.track import Tracker, tracking_uri
 from tests.jobs import Recorder, encode_in_process, tiny_job
@@ -98,6 +101,29 @@ def test_writing_it_again_doubles_nothing(tracked):
     assert after == before
     (experiment,) = [e for e in client_of(folder).search_experiments() if e.name == "nfscale"]
     assert len(client_of(folder).search_runs([experiment.experiment_id])) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*type hints:UserWarning")
+def test_the_review_and_a_model_that_decodes_are_artifacts_of_the_run(tracked):
+    folder, run_id = tracked
+    make_report(folder)
+    for _ in range(2):
+        tracker = Tracker(folder, folder.plan(), print)
+        tracker.on_start(folder, folder.plan(), folder.commits())
+        tracker.log_review()
+        tracker.close("FINISHED")
+        assert tracker.problem is None
+    names = {artifact.path for artifact in client_of(folder).list_artifacts(run_id, "review")}
+    assert {"review/report.html", "review/convergence.parquet", "review/worst.csv"} <= names
+    assert "review/worst-median-best.png" in names
+    (version,) = client_of(folder).search_model_versions("name='nfscale-tiny'")
+    mlflow.set_tracking_uri(tracking_uri(folder))
+    model = mlflow.pyfunc.load_model(f"models:/nfscale-tiny/{version.version}")
+    table = open_weights(folder.path)
+    ids = table.to_arrow(["datum_id"])["datum_id"].to_pylist()[:2]
+    assert (np.stack(model.predict(pd.DataFrame({"datum_id": ids}))) == table.decode(ids)).all()
+    (large,) = model.predict(pd.DataFrame({"datum_id": ids[:1], "height": [20], "width": [30]}))
+    assert large.shape == (20, 30, 1)
 
 
 def test_a_run_that_was_killed_is_continued(tmp_path, tracked):

@@ -1,0 +1,406 @@
+"""What every field, signal, optimiser and schedule promises, tried on each entry of their dicts.
+
+A new variant is tested by being listed; a new signal adds an example datum to `DATA`.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from nfscale.fields import FIELDS
+from nfscale.layout import Layout, Params
+from nfscale.optim import OPTIMIZERS, SCHEDULES, Extra, Schedule
+from nfscale.rng import as_tensor, datum_seed
+from nfscale.signals import SIGNALS, Samples
+
+SEEDS = as_tensor([datum_seed(0, f"datum-{index}") for index in range(3)])
+CHANNELS = 2
+
+DATA = {
+    "image": [np.random.default_rng(n).random((5, 6, CHANNELS)).astype(np.float32) for n in range(3)],
+}
+"""Three data of one shape for each kind of signal, with the channels above."""
+
+OPTIONS = {"esgd": [{"curvature": "shared"}, {"curvature": "per_field"}]}
+"""Ways to configure an optimiser that differ in kind; others are tried with their defaults."""
+
+OPTIMIZER_CASES = [
+    pytest.param(kind, options, id="-".join([kind, *map(str, options.values())]))
+    for kind in OPTIMIZERS
+    for options in OPTIONS.get(kind, [{}])
+]
+
+
+# Fields
+
+
+@pytest.fixture(params=FIELDS)
+def field(request):
+    return FIELDS[request.param](dimensions=2, channels=CHANNELS)
+
+
+def coordinates_of(fields: int, samples: int = 10) -> torch.Tensor:
+    return torch.rand(fields, samples, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_params_are_those_of_the_layout_with_a_field_axis_in_front(field):
+    params = field.init(SEEDS)
+    assert {name: tuple(p.shape) for name, p in params.items()} == {
+        entry.name: (3, *entry.shape) for entry in field.layout.entries
+    }
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in params.values())
+
+
+def test_params_go_into_rows_and_back(field):
+    params, layout = field.init(SEEDS), field.layout
+    rows = layout.ravel(params)
+    assert rows.shape == (3, layout.size)
+    assert all(torch.equal(layout.unravel(rows)[name], p) for name, p in params.items())
+    assert Layout.from_json(layout.to_json()) == layout
+    offsets = [entry.offset for entry in layout.entries]
+    assert offsets == [sum(entry.size for entry in layout.entries[:index]) for index in range(len(offsets))]
+
+
+def test_init_is_a_function_of_the_seed_alone(field):
+    rows = field.layout.ravel(field.init(SEEDS))
+    assert torch.equal(field.layout.ravel(field.init(SEEDS.flip(0))), rows.flip(0))
+    for index in range(3):
+        assert torch.equal(field.layout.ravel(field.init(SEEDS[index : index + 1]))[0], rows[index])
+    assert not torch.equal(rows[0], rows[1])
+
+
+def test_apply_gives_each_field_values_at_its_own_coordinates(field):
+    params, coordinates = field.init(SEEDS), coordinates_of(3)
+    together = field.apply(params, coordinates)
+    assert together.shape == (3, 10, CHANNELS)
+    assert together.dtype == torch.float32
+    for index in range(3):
+        own = {name: p[index : index + 1] for name, p in params.items()}
+        alone = field.apply(own, coordinates[index : index + 1])
+        torch.testing.assert_close(alone[0], together[index], rtol=1e-4, atol=1e-5)
+    moved = coordinates.clone()
+    moved[1] = -moved[1]
+    assert torch.equal(field.apply(params, moved)[[0, 2]], together[[0, 2]])
+    assert not torch.equal(field.apply(params, moved)[1], together[1])
+
+
+def test_apply_takes_one_set_of_coordinates_for_all(field):
+    params, shared = field.init(SEEDS), coordinates_of(1)
+    values = field.apply(params, shared)
+    assert values.shape == (3, 10, CHANNELS)
+    torch.testing.assert_close(values, field.apply(params, shared.repeat(3, 1, 1)), rtol=1e-4, atol=1e-5)
+
+
+def test_values_depend_on_every_param(field):
+    params = {name: p.requires_grad_() for name, p in field.init(SEEDS).items()}
+    field.apply(params, coordinates_of(3)).square().sum().backward()
+    for name, p in params.items():
+        assert p.grad is not None, name
+        assert (p.grad.flatten(1).abs().sum(dim=1) > 0).all(), name
+
+
+def test_fields_are_frozen_and_say_what_they_are(field):
+    with pytest.raises(AttributeError):
+        field.channels = 5
+    said = field.forward_description()
+    assert FIELDS[said["kind"]] is type(field)
+    assert type(field)(**said["keys"]) == field
+
+
+# Signals
+
+
+@pytest.fixture(params=SIGNALS)
+def signal(request):
+    assert request.param in DATA, f"add three example data of the signal {request.param!r} to DATA"
+    return SIGNALS[request.param](channels=CHANNELS), DATA[request.param]
+
+
+def batch_of(signal, data) -> Samples:
+    samples = [signal.samples(datum) for datum in data]
+    masks = [s.mask for s in samples if s.mask is not None]
+    return Samples(
+        torch.stack([s.coordinates for s in samples]),
+        torch.stack([s.values for s in samples]),
+        torch.stack(masks) if masks else None,
+    )
+
+
+def test_samples_are_coordinates_in_range_with_their_values(signal):
+    signal, data = signal
+    for datum in data:
+        samples = signal.samples(datum)
+        count = len(samples.values)
+        assert samples.coordinates.shape == (count, signal.dimensions)
+        assert samples.values.shape == (count, signal.channels)
+        assert samples.coordinates.dtype == samples.values.dtype == torch.float32
+        assert samples.coordinates.abs().max() <= 1
+        assert samples.values.isfinite().all()
+        assert samples.mask is None or samples.mask.shape == (count,)
+
+
+def test_samples_are_a_function_of_the_datum(signal):
+    signal, data = signal
+    before = data[0].copy()
+    first, second = signal.samples(data[0]), signal.samples(data[0])
+    assert torch.equal(first.values, second.values)
+    assert torch.equal(first.coordinates, second.coordinates)
+    first.values.zero_()
+    assert np.array_equal(data[0], before)
+
+
+def test_loss_and_quality_are_one_number_per_field_of_its_own(signal):
+    signal, data = signal
+    samples = batch_of(signal, data)
+    noise = 0.1 * torch.randn(samples.values.shape, generator=torch.Generator().manual_seed(0))
+    predicted = samples.values + noise
+    for measure in (signal.loss, signal.quality):
+        together = measure(predicted, samples)
+        assert together.shape == (3,)
+        assert together.isfinite().all()
+        for index in range(3):
+            mask = None if samples.mask is None else samples.mask[index : index + 1]
+            own = Samples(samples.coordinates[index : index + 1], samples.values[index : index + 1], mask)
+            torch.testing.assert_close(measure(predicted[index : index + 1], own)[0], together[index])
+        changed = predicted.clone()
+        changed[1] += 0.3
+        assert torch.equal(measure(changed, samples)[[0, 2]], together[[0, 2]])
+        assert measure(changed, samples)[1] != together[1]
+
+
+def test_a_better_prediction_has_less_loss_and_higher_quality(signal):
+    signal, data = signal
+    samples = batch_of(signal, data)
+    noise = torch.randn(samples.values.shape, generator=torch.Generator().manual_seed(0))
+    near, far = samples.values + 0.01 * noise, samples.values + 0.3 * noise
+    assert (signal.loss(near, samples) < signal.loss(far, samples)).all()
+    assert (signal.quality(near, samples) > signal.quality(far, samples)).all()
+
+
+def test_loss_is_a_mean_over_samples(signal):
+    """Twice the samples are the same loss, so that minibatches of any size have the same unit."""
+    signal, data = signal
+    samples = batch_of(signal, data)
+    predicted = samples.values + 0.1
+    mask = None if samples.mask is None else samples.mask.repeat(1, 2)
+    twice = Samples(samples.coordinates.repeat(1, 2, 1), samples.values.repeat(1, 2, 1), mask)
+    torch.testing.assert_close(signal.loss(predicted.repeat(1, 2, 1), twice), signal.loss(predicted, samples))
+
+
+def test_a_datum_is_reconstructed_from_values_at_the_coordinates_of_its_shape(signal):
+    signal, data = signal
+    for datum in data:
+        shape = signal.shape_of(signal.measures(datum))
+        samples, wanted = signal.samples(datum), signal.coordinates(shape)
+        place = {tuple(c): index for index, c in enumerate(samples.coordinates.tolist())}
+        values = samples.values[[place[tuple(c)] for c in wanted.tolist()]]
+        assert np.abs(signal.reconstruct(values[None], shape)[0] - datum).max() < 1e-6
+
+
+def test_signals_are_frozen_name_their_quality_and_say_what_they_are(signal):
+    signal, _ = signal
+    with pytest.raises(AttributeError):
+        signal.channels = 5
+    assert signal.quality_name
+    said = signal.forward_description()
+    assert SIGNALS[said["kind"]] is type(signal)
+    assert type(signal)(**said["keys"]) == signal
+
+
+def test_a_datum_that_does_not_fit_is_refused_in_a_sentence(signal):
+    signal, data = signal
+    for wrong in (np.full_like(data[0], np.nan), np.zeros((0, *data[0].shape[1:]), data[0].dtype)):
+        with pytest.raises(ValueError, match=r"\w+ \w+"):
+            signal.samples(wrong)
+
+
+# Optimisers
+
+
+def optimizer_of(kind: str, options: dict, learning_rate: float = 1e-2):
+    return OPTIMIZERS[kind](learning_rate=learning_rate, schedule=Schedule("cosine", total_steps=50), **options)
+
+
+def params_of(fields: int) -> Params:
+    draw = torch.Generator().manual_seed(0)
+    return {"weight": torch.randn(fields, 4, 3, generator=draw), "bias": torch.randn(fields, 4, generator=draw)}
+
+
+def extra_of(optimizer, params: Params, step: torch.Tensor, number: int) -> Extra:
+    """All that an optimiser can ask for, different at every call."""
+    draw = torch.Generator().manual_seed(1000 + number)
+    fields = len(step)
+    random = [{name: torch.randn(p.shape, generator=draw) for name, p in params.items()} for _ in range(2)]
+    return Extra(
+        step=step,
+        rate=torch.tensor([1.0, 0.5, 0.25])[:fields],
+        hv=random[0],
+        hv_fields=optimizer.wants_curvature(step),
+        diagonal={name: d.abs() + 0.1 for name, d in random[1].items()},
+        step_rms=torch.tensor([0.5, 2.0, 100.0])[:fields],
+    )
+
+
+def part_of(tree, index: slice | list[int]):
+    """The same fields out of every tensor of a state or an Extra's dict."""
+    if isinstance(tree, dict):
+        return {name: part_of(value, index) for name, value in tree.items()}
+    return None if tree is None else tree[index].clone()
+
+
+def run(optimizer, params: Params, first_steps: torch.Tensor, index: slice = slice(None), count: int = 6):
+    """`count` updates with made-up gradients, of the fields in `index` only; the updates and the last state."""
+    own = part_of(params, index)
+    state, history = optimizer.init(own), []
+    for number in range(count):
+        draw = torch.Generator().manual_seed(number)
+        grads = {name: torch.randn(p.shape, generator=draw) for name, p in params.items()}
+        whole = extra_of(optimizer, params, first_steps + number, number)
+        extra = Extra(**{name: part_of(getattr(whole, name), index) for name in Extra.__dataclass_fields__})
+        updates, state = optimizer.update(part_of(grads, index), state, own, extra)
+        history.append({name: u.clone() for name, u in updates.items()})
+        own = {name: p + updates[name] for name, p in own.items()}
+    return history, state
+
+
+def tensors_of(tree) -> list[torch.Tensor]:
+    return [leaf for value in tree.values() for leaf in tensors_of(value)] if isinstance(tree, dict) else [tree]
+
+
+STEPS = torch.tensor([0, 10, 20])
+"""The fields' steps differ; optimisers that probe at a cadence probe all three."""
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZER_CASES)
+def test_every_state_tensor_has_the_field_axis_first(kind, options):
+    optimizer, params = optimizer_of(kind, options), params_of(3)
+    for state in (optimizer.init(params), run(optimizer, params, torch.zeros(3).long())[1]):
+        leaves = tensors_of(state)
+        assert all(isinstance(leaf, torch.Tensor) and leaf.shape[0] == 3 for leaf in leaves)
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZER_CASES)
+def test_updates_have_the_names_shapes_and_dtype_of_the_params(kind, options):
+    params = params_of(3)
+    history, _ = run(optimizer_of(kind, options), params, torch.zeros(3).long())
+    for updates in history:
+        assert {name: u.shape for name, u in updates.items()} == {name: p.shape for name, p in params.items()}
+        assert all(u.dtype == torch.float32 and u.isfinite().all() and (u != 0).any() for u in updates.values())
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZER_CASES)
+def test_a_field_alone_gets_the_updates_it_gets_among_three(kind, options):
+    optimizer, params = optimizer_of(kind, options), params_of(3)
+    # Fields that begin late begin with an empty state, as after a probe at their own first step here.
+    together, state = run(optimizer, params, STEPS)
+    for index in range(3):
+        own = slice(index, index + 1)
+        alone, own_state = run(optimizer, params, STEPS, own)
+        for ours, theirs in zip(alone, together, strict=True):
+            for name in params:
+                torch.testing.assert_close(ours[name], theirs[name][own], rtol=1e-5, atol=1e-8)
+        for ours, theirs in zip(tensors_of(own_state), tensors_of(state), strict=True):
+            torch.testing.assert_close(ours, theirs[own], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZER_CASES)
+def test_the_rate_of_a_field_scales_its_updates(kind, options):
+    """`Extra.rate` is 1, 1/2, 1/4 in `extra_of`: a fit at twice the learning rate is the same fit at twice the step."""
+    params = params_of(3)
+    single, double = (run(optimizer_of(kind, options, rate), params, STEPS, count=1)[0][0] for rate in (0.01, 0.02))
+    for name in params:
+        torch.testing.assert_close(double[name], 2 * single[name], rtol=1e-5, atol=0)
+    optimizer, ones = optimizer_of(kind, options), torch.ones(3)
+    whole = extra_of(optimizer, params, STEPS, 0)
+    rates = []
+    for rate in (ones, whole.rate):
+        extra = Extra(STEPS, rate, whole.hv, whole.hv_fields, whole.diagonal, whole.step_rms)
+        rates.append(optimizer.update(params, optimizer.init(params), params, extra)[0])
+    for name in params:
+        factor = whole.rate.view(-1, *[1] * (params[name].ndim - 1))
+        torch.testing.assert_close(rates[1][name], factor * rates[0][name], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZER_CASES)
+def test_updates_leave_params_and_gradients_as_they_were(kind, options):
+    optimizer, params, grads = optimizer_of(kind, options), params_of(3), params_of(3)
+    extra = extra_of(optimizer, params, STEPS, 0)
+    given = part_of({"params": params, "grads": grads, "hv": extra.hv, "diagonal": extra.diagonal}, slice(None))
+    optimizer.update(grads, optimizer.init(params), params, extra)
+    now = {"params": params, "grads": grads, "hv": extra.hv, "diagonal": extra.diagonal}
+    for before, after in zip(tensors_of(given), tensors_of(now), strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZER_CASES)
+def test_elementwise_optimisers_take_rows_as_well_as_tensors_by_name(kind, options):
+    optimizer, params = optimizer_of(kind, options), params_of(3)
+    if not optimizer.elementwise:
+        assert optimizer.elementwise is False
+        return
+    layout = Layout.of((name, tuple(p.shape[1:])) for name, p in params.items())
+    extra = extra_of(optimizer, params, STEPS, 0)
+    by_name, _ = optimizer.update(params, optimizer.init(params), params, extra)
+    rows = {"rows": layout.ravel(params)}
+    hv, diagonal = ({"rows": layout.ravel(part)} for part in (extra.hv, extra.diagonal))
+    by_row, _ = optimizer.update(
+        rows, optimizer.init(rows), rows, Extra(STEPS, extra.rate, hv, extra.hv_fields, diagonal, extra.step_rms)
+    )
+    torch.testing.assert_close(by_row["rows"], layout.ravel(by_name), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZER_CASES)
+def test_wanting_curvature_is_a_function_of_each_fields_own_step(kind, options):
+    optimizer, steps = optimizer_of(kind, options), torch.arange(40)
+    wanted = optimizer.wants_curvature(steps)
+    assert wanted.dtype == torch.bool
+    assert wanted.tolist() == [bool(optimizer.wants_curvature(step[None])) for step in steps]
+    assert bool(wanted.any()) == ("hv" in optimizer.needs)
+    assert bool(wanted[0]) == ("hv" in optimizer.needs)  # without a probe at step 0 there is no diagonal
+    assert optimizer.needs <= {"hv", "diagonal"}
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZER_CASES)
+def test_steps_follow_the_gradient_downhill(kind, options):
+    optimizer, params = optimizer_of(kind, options), params_of(3)
+    updates, _ = optimizer.update(params, optimizer.init(params), params, extra_of(optimizer, params, STEPS, 0))
+    slopes = sum((updates[name] * params[name]).flatten(1).sum(dim=1) for name in params)
+    assert (slopes < 0).all()
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_an_automatic_rate_is_a_positive_number_that_never_grows_with_width(kind):
+    rates = [OPTIMIZERS[kind].auto_learning_rate(width, 1.5, 256) for width in (16, 64, 256)]
+    assert all(rate > 0 for rate in rates)
+    assert rates == sorted(rates, reverse=True)
+
+
+# Schedules
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_schedules_start_at_one_never_rise_and_stay_in_the_unit_interval(kind):
+    factor = Schedule(kind, total_steps=100).factor(torch.arange(150))
+    assert factor.dtype == torch.float64
+    assert factor[0] == 1
+    assert (factor.diff() <= 0).all()
+    assert (factor >= 0).all()
+    assert torch.equal(factor[100:], factor[100].expand(50))
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_the_factor_of_a_step_does_not_depend_on_the_batch(kind):
+    """In float32, which is how steps take it: a power in float64 rounds differently in and out of a vector."""
+    schedule = Schedule(kind, total_steps=97, warmup=11)
+    steps = torch.randperm(120, generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([schedule.factor(step[None]) for step in steps])
+    assert torch.equal(schedule.factor(steps).float(), alone.float())
+    torch.testing.assert_close(schedule.factor(steps), alone, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_warm_up_never_starts_at_zero_and_ends_at_one(kind):
+    factor = Schedule(kind, total_steps=100, warmup=10).factor(torch.arange(11))
+    assert factor[0] > 0
+    assert (factor[:10].diff() > 0).all()
+    assert factor[9] == factor[10] == 1
