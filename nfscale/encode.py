@@ -22,13 +22,11 @@ from torch import Tensor
 from nfscale.datasets import Dataset, Datum, seeded_sample
 from nfscale.datasets.base import ids_digest, read_range
 from nfscale.engine import Calibration, Fitted, calibrate, fit
-from nfscale.engine.loop import theta0_of
-from nfscale.engine.sampling import Sampler
 from nfscale.errors import CallerError, EncodeError
-from nfscale.fields import Field
+from nfscale.fields import Field, theta0_of
 from nfscale.job import FORMAT_VERSION, EncodeJob
 from nfscale.optim import Optimizer
-from nfscale.rng import as_tensor, datum_seed
+from nfscale.rng import datum_seed
 from nfscale.signals import SIGNALS, Samples, Signal
 from nfscale.store import files
 from nfscale.store.run_folder import Commit, Plan, RunFolder, Shard
@@ -199,25 +197,16 @@ def calibrate_run(run: OpenRun) -> None:
     Raises:
         EncodeError: if too few data of the calibration sample can be read.
     """
-    chosen = _calibration_samples(run)
-    seeds = as_tensor([datum_seed(run.job.seed, datum_id) for datum_id, _ in chosen])
-    available = len(chosen[0][1].values)
-    per_step = available if run.job.fit.samples == "full" else run.job.fit.samples
-    theta0 = run.theta0
-    assert theta0 is not None, "the job refuses shared curvature without a shared start"
-    device = _device()
     calibration = calibrate(
         run.field,
         run.signal,
-        Samples(
-            torch.stack([s.coordinates for _, s in chosen]).to(device),
-            torch.stack([s.values for _, s in chosen]).to(device),
-        ),
-        seeds.to(device),
-        theta0,
-        optimizer=run.optimizer,  # type: ignore[arg-type]
+        _calibration_samples(run),
+        optimizer=run.optimizer,  # type: ignore[arg-type] (the job refuses other kinds)
         stop=run.job.fit.stop(),
-        sampler=Sampler(available, per_step, run.job.fit.sampling),
+        seed=run.job.seed,
+        theta0=run.theta0,
+        samples=run.job.fit.samples,
+        sampling=run.job.fit.sampling,
     ).to("cpu")
     steps = [row * calibration.every for row in range(len(calibration.diagonal))]
     if not bool(torch.isfinite(calibration.diagonal).all()):
@@ -242,8 +231,7 @@ def _calibration_samples(run: OpenRun) -> list[tuple[str, Samples]]:
                 return group
     if not by_count:
         raise EncodeError("none of the data drawn for the calibration can be read; see `nfscale status` after a fit")
-    group = max(by_count.values(), key=len)
-    return group if len(group) > 1 else group * 2  # a lone field takes another path through the matrix library
+    return max(by_count.values(), key=len)
 
 
 def _prepared(signal: Signal, datum: Datum) -> Samples | str:
@@ -254,10 +242,6 @@ def _prepared(signal: Signal, datum: Datum) -> Samples | str:
         return signal.samples(datum.array)
     except ValueError as error:
         return str(error)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # --- a shard

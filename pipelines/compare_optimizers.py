@@ -8,7 +8,6 @@ its own automatic learning rate, with restarts switched off, so that a fit that 
 """
 
 import argparse
-import platform
 import time
 from collections.abc import Iterator
 
@@ -17,10 +16,7 @@ import torch
 
 import nfscale
 from nfscale.datasets import DATASETS, seeded_sample
-from nfscale.engine.loop import theta0_of
-from nfscale.engine.sampling import Sampler
 from nfscale.optim import Optimizer
-from nfscale.rng import as_tensor, datum_seed
 
 SAMPLES_PER_STEP = 256
 CALIBRATION = 32
@@ -39,56 +35,37 @@ def methods(steps: int) -> Iterator[tuple[str, Optimizer]]:
     yield "esgd, per field, a tenth of the rate", nfscale.ESGD(esgd_rate / 10, warm, curvature="per_field")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiles", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=300)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+def compare(tiles: int, steps: int) -> None:
+    """Fit the tiles with every method and print a row for each."""
     photos = DATASETS["photos"]().open()
     signal, field = nfscale.Image(channels=3), nfscale.MLP(dimensions=2, channels=3)
-    drawn = seeded_sample(photos.ids, arguments.tiles + CALIBRATION, seed=0, purpose="compare")
+    drawn = seeded_sample(photos.ids, tiles + CALIBRATION, seed=0, purpose="compare")
     data = [(photos.ids[position], signal.samples(photos.read(position).array)) for position in drawn]
-    calibration_data, data = data[:CALIBRATION], data[CALIBRATION:]
-    stop = nfscale.Stop(arguments.steps, check_every=20, max_restarts=0)
-    print(
-        f"{arguments.tiles} tiles of 64 x 64, {arguments.steps} steps of {SAMPLES_PER_STEP} samples, {platform.processor()}"
-    )
+    stop = nfscale.Stop(steps, check_every=20, max_restarts=0)
+    print(f"{tiles} tiles of 64 x 64, {steps} steps of {SAMPLES_PER_STEP} samples, torch {torch.__version__}")
     print(f"{'method':38s} {'median':>7s} {'p05':>7s} {'worst':>7s} {'diverged':>9s} {'ms per field step':>18s}")
-    for name, optimizer in methods(arguments.steps):
+    for name, optimizer in methods(steps):
+        common = {"optimizer": optimizer, "stop": stop, "seed": 0, "samples": SAMPLES_PER_STEP}
         calibration = None
         if "diagonal" in optimizer.needs:
-            stacked = nfscale.Samples(
-                *(torch.stack(t) for t in zip(*((s.coordinates, s.values) for _, s in calibration_data), strict=True))
-            )
-            calibration = nfscale.calibrate(
-                field,
-                signal,
-                stacked,
-                as_tensor([datum_seed(0, datum_id) for datum_id, _ in calibration_data]),
-                theta0_of(field, 0),
-                optimizer=optimizer,
-                stop=stop,
-                sampler=Sampler(4096, SAMPLES_PER_STEP),
-            )
+            calibration = nfscale.calibrate(field, signal, data[:CALIBRATION], **common)
         started = time.perf_counter()
-        fitted = list(
-            nfscale.fit(
-                field,
-                signal,
-                data,
-                optimizer=optimizer,
-                stop=stop,
-                seed=0,
-                samples=SAMPLES_PER_STEP,
-                calibration=calibration,
-            )
-        )
+        fitted = list(nfscale.fit(field, signal, data[CALIBRATION:], calibration=calibration, **common))
         milliseconds = 1e3 * (time.perf_counter() - started) / sum(f.steps for f in fitted)
         quality = np.array([f.quality for f in fitted])
         diverged = sum(not f.result.ok for f in fitted)
         p05, p50 = np.percentile(quality, [5, 50])
         print(f"{name:38s} {p50:7.2f} {p05:7.2f} {quality.min():7.2f} {diverged:9d} {milliseconds:18.3f}", flush=True)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tiles", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=300)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    compare(arguments.tiles, arguments.steps)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,20 @@ good diagonal for all of them. It is estimated once per job, at theta0 and along
 and depends on no neighbour of the field that uses it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nfscale.engine.result import Stop
-from nfscale.engine.sampling import Sampler
-from nfscale.engine.step import evaluate, gather_samples, plain_gradient, plain_gradient_and_hvp
-from nfscale.fields import Field
+from nfscale.engine.sampling import Sampler, Sampling
+from nfscale.engine.step import evaluate, gather_samples, plain_gradient, plain_gradient_and_hvp, stack_samples
+from nfscale.fields import Field, theta0_of
 from nfscale.optim.base import Extra
 from nfscale.optim.esgd import ESGD, rms_of
-from nfscale.rng import Stream, rademacher
+from nfscale.rng import Stream, as_tensor, datum_seed, rademacher
 from nfscale.signals import Samples, Signal
 
 _FIRST_PROBES = 4  # per field at theta0, where no running mean exists yet: 4 x 32 fields give 9 % error per weight
@@ -45,25 +47,38 @@ class Calibration:
 def calibrate(
     field: Field,
     signal: Signal,
-    samples: Samples,
-    seeds: Tensor,
-    theta0: Tensor,
+    data: Sequence[tuple[str, Samples]],
     *,
     optimizer: ESGD,
     stop: Stop,
-    sampler: Sampler,
+    seed: int,
+    theta0: Tensor | None = None,
+    samples: int | Literal["full"] = "full",
+    sampling: Sampling = "stratified",
+    device: torch.device | str | None = None,
 ) -> Calibration:
-    """Fit a sample of M data together and record what they share as it changes.
+    """Fit a sample of data together and record what they share as it changes.
 
     Ends when the median quality reaches the target: what comes later is of no use to fields that stop there.
 
     Args:
-        samples: of the M data, [M, N, ...].
-        seeds: int64 [M], the seeds of the data.
-        theta0: float32 [P], the params that all fields of the job start from.
+        data: (id, samples) pairs of one sample count; 32 are enough for photographs.
+        theta0: float32 [P], the params that all fields start from; by default those of `fit` for this seed.
+        samples, sampling: as in `fit`.
+
+    Raises:
+        ValueError: if the data have different sample counts, or there are none.
     """
-    size, device = field.layout.size, samples.values.device
-    rows = theta0.to(device).repeat(len(seeds), 1)
+    counts = sorted({len(part.values) for _, part in data})
+    if len(counts) != 1:
+        raise ValueError(f"a calibration takes data of one sample count, got counts {counts}")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    data = list(data) if len(data) > 1 else [data[0]] * 2  # a lone field rounds differently
+    batch = stack_samples([part for _, part in data], device)
+    seeds = as_tensor([datum_seed(seed, datum_id) for datum_id, _ in data], device)
+    sampler = Sampler(counts[0], counts[0] if samples == "full" else samples, sampling)
+    size = field.layout.size
+    rows = (theta0_of(field, seed) if theta0 is None else theta0).to(device).repeat(len(seeds), 1)
     state = optimizer.init({"rows": rows})
     rate = torch.ones(len(seeds), device=device)
     square, weight = torch.zeros(size, device=device), 0.0  # weight: 1 - beta2^n after n probes, what the mean holds
@@ -72,7 +87,7 @@ def calibrate(
     for first in range(0, stop.max_steps, stop.cadence):
         positions = None if sampler.is_full else sampler.positions(seeds, steps, stop.cadence)
         for index in range(stop.cadence):
-            part = samples if positions is None else gather_samples(samples, positions[:, index])
+            part = batch if positions is None else gather_samples(batch, positions[:, index])
             if (first + index) % optimizer.update_every == 0:
                 for repeat in range(_FIRST_PROBES if first + index == 0 else 1):
                     # A step has one probe; the extra probes at theta0 count down from -1.
@@ -90,7 +105,7 @@ def calibrate(
             step_rms[-1].append(typical)
             rows = rows + optimizer.scaled(direction, typical.expand(len(seeds)), Extra(steps, rate))["rows"]
             steps = steps + 1
-        _, quality = evaluate(field, signal, rows, samples)
+        _, quality = evaluate(field, signal, rows, batch)
         if stop.target is not None and bool(quality.median() >= stop.target):
             break
     typical_steps = torch.stack([torch.stack(interval).mean() for interval in step_rms])

@@ -17,8 +17,8 @@ from nfscale.engine.batch import MINIMUM_SLOTS, Batch, Slot
 from nfscale.engine.calibrate import Calibration
 from nfscale.engine.result import Fitted, Result, Stop
 from nfscale.engine.sampling import Sampler, Sampling
-from nfscale.engine.step import evaluate
-from nfscale.fields import Field
+from nfscale.engine.step import evaluate, stack_samples
+from nfscale.fields import Field, theta0_of
 from nfscale.optim import Optimizer
 from nfscale.rng import as_tensor, datum_seed
 from nfscale.signals import Samples, Signal
@@ -94,11 +94,6 @@ def fit(
     queue = _Queue(data)
     while (available := queue.most_waiting()) is not None:
         yield from loop.run(queue, available)
-
-
-def theta0_of(field: Field, seed: int) -> Tensor:
-    """The params that all fields of a job share at the start: float32 [P]."""
-    return field.layout.ravel(field.init(as_tensor([datum_seed(seed, "")])))[0]
 
 
 def _shared_start(
@@ -215,7 +210,6 @@ class _Loop:
         while len(taken) < MINIMUM_SLOTS:
             taken.append(taken[0])
             slots.append(None)
-        masks = [s.mask for _, s in taken if s.mask is not None]
         return Batch(
             self.field,
             self.signal,
@@ -223,11 +217,7 @@ class _Loop:
             sampler,
             self.calibration,
             rows=torch.stack([self._start_row(datum_id) for datum_id, _ in taken]),
-            samples=Samples(
-                torch.stack([s.coordinates for _, s in taken]).to(self.device),
-                torch.stack([s.values for _, s in taken]).to(self.device),
-                torch.stack(masks).to(self.device) if masks else None,
-            ),
+            samples=stack_samples([part for _, part in taken], self.device),
             seeds=as_tensor([datum_seed(self.seed, datum_id) for datum_id, _ in taken], self.device),
             slots=slots,
         )

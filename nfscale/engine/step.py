@@ -3,7 +3,7 @@
 `plain_gradient` (autograd) is the oracle: a faster step is a twin with its signature.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -73,6 +73,16 @@ def slice_fields(samples: Samples, start: int, stop: int) -> Samples:
     mask = samples.mask
     return Samples(
         samples.coordinates[start:stop], samples.values[start:stop], None if mask is None else mask[start:stop]
+    )
+
+
+def stack_samples(parts: Sequence[Samples], device: torch.device) -> Samples:
+    """Samples of several data of one sample count as a batch: [N, ...] each -> [F, N, ...]."""
+    masks = [part.mask for part in parts if part.mask is not None]
+    return Samples(
+        torch.stack([part.coordinates for part in parts]).to(device),
+        torch.stack([part.values for part in parts]).to(device),
+        torch.stack(masks).to(device) if masks else None,
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nfscale.fields.mlp import MLP
 from nfscale.layout import Layout, Params
+from nfscale.rng import as_tensor, datum_seed
 
 
 class Field(Protocol):
@@ -27,6 +28,11 @@ class Field(Protocol):
         ...
 
 
+def theta0_of(field: Field, seed: int) -> Tensor:
+    """The params that all fields of a job share at the start: float32 [P]."""
+    return field.layout.ravel(field.init(as_tensor([datum_seed(seed, "")])))[0]
+
+
 FIELDS: dict[str, type] = {"mlp": MLP}
 
-__all__ = ["FIELDS", "MLP", "Field"]
+__all__ = ["FIELDS", "MLP", "Field", "theta0_of"]

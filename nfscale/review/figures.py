@@ -59,6 +59,8 @@ def _new(width: float, height: float):
 def _svg(figure: Figure) -> str:
     """The figure as an inline SVG element."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    figure.savefig(
+        buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+    )
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import mlflow
 import numpy as np
 import pandas as pd
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.models import set_model
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from nfscale.store import WeightsTable, open_weights
 
@@ -31,4 +31,4 @@ class Decoder(PythonModel):
         return self.table.decode([row["datum_id"]], shape if len(shape) == 2 else None)[0]
 
 
-mlflow.models.set_model(Decoder())
+set_model(Decoder())

@@ -292,6 +292,8 @@ class _Projection:
         from mlflow.types import ColSpec, Schema
 
         name = f"nfscale-{self.plan.job['name']}"
+        columns: list[Any] = [ColSpec("string", "datum_id")]
+        columns += [ColSpec("long", side, required=False) for side in ("height", "width")]
         mlflow.set_tracking_uri(tracking_uri(self.folder))
         with mlflow.start_run(run_id=self.run_id), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice to add type hints to predict
@@ -299,9 +301,7 @@ class _Projection:
                 name="decoder",
                 python_model=str(Path(__file__).with_name("decoder.py")),
                 model_config={"run": str(self.folder.path.resolve())},
-                signature=ModelSignature(
-                    Schema([ColSpec("string", "datum_id")] + [ColSpec("long", s, False) for s in ("height", "width")])
-                ),
+                signature=ModelSignature(Schema(columns)),
                 pip_requirements=["nfscale"],  # inferring them starts pip and takes seconds
             )
         with contextlib.suppress(MlflowException):  # it exists: this is another version of it

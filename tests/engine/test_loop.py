@@ -12,10 +12,8 @@ import pytest
 import torch
 
 from nfscale.engine import Calibration, Check, Fitted, Result, Stop, calibrate, fit
-from nfscale.engine.loop import theta0_of
-from nfscale.engine.sampling import Sampler
-from nfscale.engine.step import evaluate, fields_at_once
-from nfscale.fields import MLP
+from nfscale.engine.step import evaluate, field_chunks
+from nfscale.fields import MLP, theta0_of
 from nfscale.optim import ESGD, Adam, Extra, Schedule
 from nfscale.rng import as_tensor, datum_seed
 from nfscale.signals import Image, Samples
@@ -53,17 +51,7 @@ def stacked(data: list[tuple[str, Samples]]) -> Samples:
 def calibration_of(optimizer: ESGD, samples: int | str, stop: Stop = STOP) -> Calibration:
     """From data that the tests do not fit."""
     data = [(f"other-{n}", SIGNAL.samples(smooth_image(100 + n))) for n in range(4)]
-    available = len(data[0][1].values)
-    return calibrate(
-        FIELD,
-        SIGNAL,
-        stacked(data),
-        as_tensor([datum_seed(SEED, datum_id) for datum_id, _ in data]),
-        theta0_of(FIELD, SEED),
-        optimizer=optimizer,
-        stop=stop,
-        sampler=Sampler(available, available if samples == "full" else samples),
-    )
+    return calibrate(FIELD, SIGNAL, data, optimizer=optimizer, stop=stop, seed=SEED, samples=samples, device="cpu")
 
 
 def fitted(data, optimizer=ADAM, samples="full", stop=STOP, **options) -> dict[str, Fitted]:
@@ -146,9 +134,9 @@ def test_an_evaluation_in_pieces_has_the_bits_of_one_at_once(monkeypatch):
     rows = FIELD.layout.ravel(FIELD.init(as_tensor([datum_seed(0, str(n)) for n in range(9)])))
     samples = stacked(data_of(9))
     at_once = evaluate(FIELD, SIGNAL, rows, samples)
-    for fields in (2, 3, 4, 8):
+    for fields, expected in ((2, [2, 2, 2, 3]), (3, [3, 3, 3]), (4, [4, 5]), (8, [9])):  # never one field alone
         monkeypatch.setattr("nfscale.engine.step._EVALUATION_BYTES", fields * 4 * 63 * 12)
-        assert fields_at_once(FIELD, 63) == fields
+        assert [stop - start for start, stop in field_chunks(FIELD, 9, 63)] == expected
         pieces = evaluate(FIELD, SIGNAL, rows, samples)
         assert all(torch.equal(piece, whole) for piece, whole in zip(pieces, at_once, strict=True))
 
@@ -418,14 +406,9 @@ def test_the_unit_of_the_loss_changes_no_esgd_fit(curvature):
     optimizer, stop = ESGD(0.2, SCHEDULE, curvature=curvature, update_every=5), Stop(max_steps=10, check_every=5)
     results = []
     for signal in (SIGNAL, Louder(1)):
-        options = {}
-        if curvature == "shared":
-            seeds = as_tensor([datum_seed(SEED, datum_id) for datum_id, _ in DATA])
-            start, sampler = theta0_of(FIELD, SEED), Sampler(63, 63)
-            options["calibration"] = calibrate(
-                FIELD, signal, stacked(DATA), seeds, start, optimizer=optimizer, stop=stop, sampler=sampler
-            )
-        fields = fit(FIELD, signal, DATA, optimizer=optimizer, stop=stop, seed=SEED, device="cpu", **options)
+        options = {"optimizer": optimizer, "stop": stop, "seed": SEED, "device": "cpu"}
+        shared = calibrate(FIELD, signal, DATA, **options) if curvature == "shared" else None
+        fields = fit(FIELD, signal, DATA, calibration=shared, **options)
         results.append({result.id: result for result in fields})
     for datum_id, result in results[0].items():
         moved = (result.weights - theta0_of(FIELD, SEED)).square().mean().sqrt()
@@ -437,17 +420,8 @@ def test_the_calibration_at_theta0_is_the_row_norms_of_the_mean_hessian_square()
     """Sixteen fields probe four times each; full Hessians of a field of 17 weights say what they should find."""
     field = MLP(2, 1, width=4, depth=1, omega_0=5.0)
     data = data_of(16, 5, 5)
-    seeds, theta0 = as_tensor([datum_seed(SEED, datum_id) for datum_id, _ in data]), theta0_of(field, SEED)
-    shared = calibrate(
-        field,
-        SIGNAL,
-        stacked(data),
-        seeds,
-        theta0,
-        optimizer=ESGD(0.1, SCHEDULE, beta2=0.9),
-        stop=Stop(max_steps=1),
-        sampler=Sampler(25, 25),
-    )
+    optimizer, theta0 = ESGD(0.1, SCHEDULE, beta2=0.9), theta0_of(field, SEED)
+    shared = calibrate(field, SIGNAL, data, optimizer=optimizer, stop=Stop(max_steps=1), seed=SEED, device="cpu")
     assert shared.diagonal.shape == (1, field.layout.size)
     row_norms, variances = [], []
     for _, samples in data:
@@ -484,6 +458,30 @@ def test_a_calibration_has_one_row_per_update_and_ends_at_the_target():
     assert early.diagonal.shape == (2, FIELD.layout.size)
     assert torch.equal(early.diagonal, whole.diagonal[:2])
     assert torch.equal(early.step_rms, whole.step_rms[:2])
+
+
+def test_a_calibration_starts_where_fit_starts():
+    options = {"optimizer": ESGD_SHARED, "stop": STOP, "seed": SEED, "device": "cpu"}
+    by_default = calibrate(FIELD, SIGNAL, DATA, **options)
+    same = calibrate(FIELD, SIGNAL, DATA, theta0=theta0_of(FIELD, SEED), **options)
+    other = calibrate(FIELD, SIGNAL, DATA, theta0=theta0_of(FIELD, SEED + 1), **options)
+    assert torch.equal(by_default.diagonal, same.diagonal)
+    assert torch.equal(by_default.step_rms, same.step_rms)
+    assert not torch.equal(by_default.diagonal, other.diagonal)
+
+
+def test_one_datum_is_enough_for_a_calibration():
+    options = {"optimizer": ESGD_SHARED, "stop": STOP, "seed": SEED, "device": "cpu"}
+    alone, twice = (calibrate(FIELD, SIGNAL, DATA[:1] * count, **options) for count in (1, 2))
+    assert torch.equal(alone.diagonal, twice.diagonal)
+    assert torch.equal(alone.step_rms, twice.step_rms)
+    assert alone.diagonal.isfinite().all()
+
+
+@pytest.mark.parametrize(("data", "counts"), [([], r"\[\]"), ([*data_of(1), *data_of(1, 5, 5)], r"\[25, 63\]")])
+def test_calibration_data_of_no_single_size_are_refused_with_their_sizes(data, counts):
+    with pytest.raises(ValueError, match=f"one sample count, got counts {counts}"):
+        calibrate(FIELD, SIGNAL, data, optimizer=ESGD_SHARED, stop=STOP, seed=SEED, device="cpu")
 
 
 def test_shared_steps_are_no_longer_than_the_calibrations():

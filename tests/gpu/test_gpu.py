@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nfscale import ESGD, MLP, Adam, Image, Samples, Schedule, Stop, calibrate, fit
-from nfscale.engine.loop import theta0_of
+from nfscale import ESGD, MLP, Adam, Image, Schedule, Stop, calibrate, fit
 from nfscale.engine.sampling import Sampler
 from nfscale.rng import Stream, as_tensor, datum_seed, rademacher, words
 
@@ -45,17 +44,7 @@ SEEDS = as_tensor([datum_seed(SEED, datum_id) for datum_id, _ in DATA])
 def test_a_fit_on_the_device_has_the_quality_of_a_fit_on_the_cpu(optimizer, samples):
     options = {"optimizer": optimizer, "stop": STOP, "seed": SEED, "samples": samples}
     if "diagonal" in optimizer.needs:
-        stacked = Samples(torch.stack([s.coordinates for _, s in DATA]), torch.stack([s.values for _, s in DATA]))
-        options["calibration"] = calibrate(
-            FIELD,
-            SIGNAL,
-            stacked,
-            SEEDS,
-            theta0_of(FIELD, SEED),
-            optimizer=optimizer,
-            stop=STOP,
-            sampler=Sampler(256, samples),
-        )
+        options["calibration"] = calibrate(FIELD, SIGNAL, DATA, device="cpu", **options)
     on_cpu, on_cuda = (
         {fitted.id: fitted for fitted in fit(FIELD, SIGNAL, DATA, device=device, batch=4, **options)}
         for device in ("cpu", "cuda")
