@@ -84,7 +84,8 @@ def test_a_shard_that_was_cut_stays_cut():
     shards = [Shard(0, 0, 8), Shard(1, 8, 16)]
     commit = {"index": 0, "file": "", "rows": 0, "bytes": 0, "sha256": "", "attempt": "", "worker": "", "seconds": 0.0}
     commit |= {"committed_at": 0.0, "fit_seconds": 0.0, "counts": {}, "quality": {}, "steps_mean": 0.0, "start": 0}
-    done = [Commit(shard=name, order=i, stop=0, **commit) for i, name in enumerate(["shard-00000-a", "shard-00000-ba"])]
+    names = ["shard-00000-a", "shard-00000-ba"]
+    done = [Commit(shard=name, order=order, stop=0, **commit) for order, name in enumerate(names)]
     assert [s.name for s in remaining(shards, done)] == ["shard-00000-bb", "shard-00001"]
     assert remaining(shards, [])[0].name == "shard-00000"
 
@@ -106,7 +107,9 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
 
 def test_options_that_change_no_result_resume_the_run(tmp_path):
     encode_in_process(tiny_job(tmp_path / "run"))
-    folder, plan = open_run(tiny_job(tmp_path / "run", "workers=3", "store.shard_fields=5", "fit.batch=2", "name=other"))
+    folder, plan = open_run(
+        tiny_job(tmp_path / "run", "workers=3", "store.shard_fields=5", "fit.batch=2", "name=other")
+    )
     assert plan.shard_fields == 16
     assert folder.is_complete
 
@@ -130,7 +133,7 @@ def photographs(tmp_path):
 
 def _folder_job(tmp_path, root, name):
     dataset = {"kind": "folder", "path": str(root), "pattern": None}
-    return tiny_job(tmp_path / name, "max_failed_fraction=0.5", "optimizer.kind=adam", "signal.channels=3", dataset=dataset)
+    return tiny_job(tmp_path / name, "optimizer.kind=adam", "signal.channels=3", dataset=dataset)
 
 
 def test_bad_data_are_rows_and_cost_no_neighbour(tmp_path, photographs):

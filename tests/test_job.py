@@ -42,13 +42,13 @@ def test_every_job_that_ships_is_valid(path):
     ],
 )
 def test_a_wrong_key_is_refused_with_what_is_accepted(tmp_path, override, message):
-    with pytest.raises(CallerError, match=".") as error:
+    with pytest.raises(CallerError) as error:
         tiny_job(tmp_path, override)
     assert message in str(error.value)
 
 
 def test_several_mistakes_are_told_at_once(tmp_path):
-    with pytest.raises(CallerError, match=".") as error:
+    with pytest.raises(CallerError) as error:
         tiny_job(tmp_path, "fit.max_steps=no", "field.width=wide")
     assert len(str(error.value).splitlines()) == 2
 

@@ -31,7 +31,8 @@ def images(tmp_path):
 
 def test_ids_are_sorted_paths_of_images(images):
     ids = list(Folder(str(images)).open().ids)
-    assert ids == ["cats/grey.png", "cats/rgb.png", "dogs/alpha.PNG", "dogs/broken.png", "dogs/empty.jpg", "dogs/text.png"]
+    assert ids[:3] == ["cats/grey.png", "cats/rgb.png", "dogs/alpha.PNG"]
+    assert ids[3:] == ["dogs/broken.png", "dogs/empty.jpg", "dogs/text.png"]
 
 
 def test_a_pattern_selects_files(images):

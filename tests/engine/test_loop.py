@@ -15,7 +15,7 @@ from nfscale.engine import Calibration, Check, Fitted, Result, Stop, calibrate, 
 from nfscale.engine.step import evaluate, field_chunks
 from nfscale.fields import MLP, theta0_of
 from nfscale.optim import ESGD, Adam, Extra, Schedule
-from nfscale.rng import as_tensor, datum_seed
+from nfscale.rng import Stream, as_tensor, datum_seed, rademacher
 from nfscale.signals import Image, Samples
 
 SEED = 3
@@ -100,7 +100,8 @@ def test_the_batch_size_changes_no_bit(optimizer, samples, batch):
         assert_same_bits(other[datum_id], result)
 
 
-def assert_no_bit_depends_on_the_batch(width: int, depth: int, channels: int, samples: int | str) -> None:
+def fits_together_and_alone(width: int, depth: int, channels: int, samples: int | str):
+    """Six data in one batch, and each in a batch of its own: results by id."""
     field, signal = MLP(2, channels, width=width, depth=depth, omega_0=10.0, omega_hidden=10.0), Image(channels)
     draw = np.random.default_rng(0)
     data = [(str(n), signal.samples(draw.random((9, 7, channels)))) for n in range(6)]
@@ -109,25 +110,24 @@ def assert_no_bit_depends_on_the_batch(width: int, depth: int, channels: int, sa
         options = {"optimizer": Adam(3e-3, SCHEDULE), "stop": STOP, "seed": 0, "samples": samples, "device": "cpu"}
         return {result.id: result for result in fit(field, signal, part, **options)}
 
-    together = run(data)
-    for datum in data:
-        assert_same_bits(together[datum[0]], run([datum])[datum[0]])
+    return run(data), {datum_id: run([(datum_id, part)])[datum_id] for datum_id, part in data}
 
 
 @pytest.mark.parametrize("samples", ["full", 11])
 @pytest.mark.parametrize(("width", "depth", "channels"), [(16, 3, 3), (8, 1, 1), (20, 2, 2), (64, 2, 1)])
 def test_no_bit_depends_on_the_batch_for_other_layouts(width, depth, channels, samples):
-    assert_no_bit_depends_on_the_batch(width, depth, channels, samples)
+    together, alone = fits_together_and_alone(width, depth, channels, samples)
+    for datum_id, result in together.items():
+        assert_same_bits(alone[datum_id], result)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the matrix library picks its path by the alignment of a field's block, hence by its slot",
-)
 @pytest.mark.parametrize("width", [13, 18, 33])
-def test_no_bit_depends_on_the_batch_for_widths_that_are_no_multiple_of_four(width):
-    assert_no_bit_depends_on_the_batch(width, 2, 1, "full")
+def test_other_widths_depend_on_the_batch_by_rounding_alone(width):
+    """The matrix library picks its path by the alignment of a field's block, so no bits are promised here."""
+    together, alone = fits_together_and_alone(width, 2, 1, "full")
+    for datum_id, result in together.items():
+        assert torch.allclose(alone[datum_id].weights, result.weights, rtol=0, atol=1e-5)
+        assert alone[datum_id].steps == result.steps
 
 
 def test_an_evaluation_in_pieces_has_the_bits_of_one_at_once(monkeypatch):
@@ -251,15 +251,17 @@ def test_neighbours_of_fields_that_diverge_and_restart_keep_their_bits():
     assert_as_alone(together, data_of(6), optimizer=optimizer)
 
 
+@pytest.mark.parametrize("batch", ["auto", 2])
 @pytest.mark.parametrize("optimizer", [ADAM, ESGD_SHARED, ESGD_OWN], ids=["adam", "esgd-shared", "esgd-per_field"])
-def test_a_field_whose_loss_overflows_diverges_and_its_neighbours_keep_their_bits(optimizer):
+def test_a_field_whose_loss_overflows_diverges_and_its_neighbours_keep_their_bits(optimizer, batch):
+    """With two slots it comes third, into a slot that another field has left: nothing of that one remains."""
     values = DATA[0][1].values.clone()
     values[0] = 1e30  # squared, more than float32 holds
     wild = ("wild", Samples(DATA[0][1].coordinates, values))
-    together = fitted([*DATA[:2], wild, *DATA[2:]], optimizer)
+    together = fitted([*DATA[:2], wild, *DATA[2:]], optimizer, batch=batch)
     assert together["wild"].result is Result.DIVERGED
     assert together["wild"].restarts == STOP.max_restarts
-    assert torch.isfinite(together["wild"].weights).all()
+    assert torch.equal(together["wild"].weights, theta0_of(FIELD, SEED))
     for datum_id, result in fitted(DATA, optimizer).items():
         assert result.restarts == 0
         assert_same_bits(together[datum_id], result)
@@ -439,6 +441,36 @@ def test_the_calibration_at_theta0_is_the_row_norms_of_the_mean_hessian_square()
     difference = shared.diagonal[0].double().square() - torch.stack(row_norms).mean(dim=0)
     assert (difference.abs() < 3 * error).all()
     assert (difference.abs() > 0.2 * error).any()  # an error bar of honest size
+
+
+def test_a_calibration_is_the_running_mean_over_its_probes_and_the_median_step():
+    """At a learning rate of zero all stays at theta0, so that full Hessians and the probes' seeds say every number."""
+    field, data = MLP(2, 1, width=4, depth=1, omega_0=5.0), data_of(5, 5, 5)
+    optimizer, theta0 = ESGD(0.0, Schedule("constant"), beta2=0.8, damping=0.1), theta0_of(field, SEED)
+    stop = Stop(max_steps=30, check_every=10)
+    shared = calibrate(field, SIGNAL, data, optimizer=optimizer, stop=stop, seed=SEED, device="cpu")
+    seeds = as_tensor([datum_seed(SEED, datum_id) for datum_id, _ in data])
+    hessians, gradients = [], []
+    for _, samples in data:
+
+        def loss(row, samples=samples):
+            predicted = field.apply(field.layout.unravel(row[None]), samples.coordinates[None].double())
+            return (predicted[0] - samples.values.double()).square().mean()
+
+        hessians.append(torch.autograd.functional.hessian(loss, theta0.double()))
+        gradients.append(torch.autograd.functional.jacobian(loss, theta0.double()))
+    square, weight = torch.zeros(field.layout.size, dtype=torch.float64), 0.0
+    for row, probed_steps in enumerate(([0, -1, -2, -3], [10], [20])):
+        for step in probed_steps:
+            probes = rademacher(seeds, Stream.PROBE, torch.full((5,), step), field.layout.size).double()
+            products = torch.stack([hessian @ probe for hessian, probe in zip(hessians, probes, strict=True)])
+            square, weight = 0.8 * square + 0.2 * products.square().mean(dim=0), 0.8 * weight + 0.2
+        diagonal = (square / weight).sqrt()
+        torch.testing.assert_close(shared.diagonal[row].double(), diagonal, rtol=1e-4, atol=1e-6)
+        steps = torch.stack(gradients) / (diagonal + 0.1 * diagonal.mean())
+        typical = steps.square().mean(dim=1).sqrt().median()
+        torch.testing.assert_close(shared.step_rms[row].double(), typical, rtol=1e-4, atol=0)
+    assert len(shared.diagonal) == len(shared.step_rms) == 3
 
 
 def test_a_calibration_says_what_holds_at_each_step():

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sklearn.datasets import load_digits
 
 from nfscale.errors import CallerError
 from nfscale.fields import MLP
@@ -12,10 +13,27 @@ from nfscale.store import open_weights
 from nfscale.store.schema import Row, layout_of, table_schema, to_table, write_parquet
 from tests.jobs import encode_in_process, tiny_job
 
-COLUMNS = (
-    "datum_id index split label weights status reason loss quality quality_heldout metrics steps steps_to_target "
-    "history_step history_quality seed wall_seconds shard attempt"
-).split()
+COLUMNS = [
+    "datum_id",
+    "index",
+    "split",
+    "label",
+    "weights",
+    "status",
+    "reason",
+    "loss",
+    "quality",
+    "quality_heldout",
+    "metrics",
+    "steps",
+    "steps_to_target",
+    "history_step",
+    "history_quality",
+    "seed",
+    "wall_seconds",
+    "shard",
+    "attempt",
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +48,18 @@ def test_a_file_written_today_reads_back_bit_for_bit(tmp_path):
     noise = np.random.default_rng(0).integers(0, 2**32, (130, layout.size), dtype=np.uint32)
     weights = noise.view(np.float32)  # every bit pattern there is: subnormals, infinities, NaN payloads
     rows = [
-        Row(f"d{i}", i, "max_steps", 3, "a", 2**64 - 1 - i, None, "cat", w, history_step=[0, 20], history_quality=[1, 2])
+        Row(
+            f"d{i}",
+            i,
+            "max_steps",
+            3,
+            "a",
+            2**64 - 1 - i,
+            label="cat",
+            weights=w,
+            history_step=[0],
+            history_quality=[1],
+        )
         for i, w in enumerate(weights)
     ]
     rows.append(Row("bad", 130, "decode_error", 3, "a", 7, reason="not an image"))
@@ -75,28 +104,21 @@ def test_data_are_found_by_id_and_by_index(run):
 
 
 def test_decoding_gives_the_recorded_quality(run):
-    from sklearn.datasets import load_digits
-
     table = open_weights(run.path)
-    rows = table.to_arrow(["index", "quality"]).slice(0, 5).to_pylist()
     images = load_digits().images / 16
-    field, signal = table.field, table.signal
-    import torch
-
-    coordinates = signal.coordinates((8, 8))
-    for row in rows:
-        weights = torch.from_numpy(table.weights()[[r["index"] for r in table.to_arrow(["index"]).to_pylist()].index(row["index"])])
-        predicted = field.apply(field.layout.unravel(weights[None]), coordinates[None])[0, :, 0].reshape(8, 8).numpy() + 0.5
-        error = np.mean((predicted - images[row["index"]]) ** 2)
-        assert 10 * np.log10(1 / error) == pytest.approx(row["quality"], abs=1e-3)
+    for row in table.to_arrow(["index", "quality"]).slice(0, 5).to_pylist():
+        (decoded,) = table.decode([row["index"]])
+        error = np.mean((decoded[..., 0] - images[row["index"]]) ** 2)
+        assert 10 * np.log10(1 / error) >= row["quality"] - 1e-3, "clamping to [0, 1] can only help"
+        assert 10 * np.log10(1 / error) == pytest.approx(row["quality"], abs=1.5)
 
 
 def test_a_field_decodes_at_any_shape(run):
-    assert open_weights(run.path).decode([0 if 0 in open_weights(run.path) else _any(run)], (5, 11)).shape == (1, 5, 11, 1)
-
-
-def _any(run):
-    return open_weights(run.path).to_arrow(["index"])["index"].to_pylist()[0]
+    table = open_weights(run.path)
+    some = table.to_arrow(["index"])["index"].to_pylist()[:3]
+    assert table.decode(some, (5, 11)).shape == (3, 5, 11, 1)
+    alone = table.decode(some[:1], (5, 11))
+    assert (alone == table.decode(some, (5, 11))[:1]).all(), "the same alone and among others"
 
 
 def test_unknown_data_and_columns_are_the_callers_mistake(run):
