@@ -80,6 +80,7 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
         wanted = job.optimizer.calibration_data
         positions = seeded_sample(dataset.ids, 4 * wanted, job.seed, "calibration")
     return Plan(
+        id=uuid.uuid4().hex,
         fingerprint=job.fingerprint(digest),
         job=job.model_dump(mode="json"),
         data_count=len(dataset.ids),

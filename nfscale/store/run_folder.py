@@ -59,6 +59,8 @@ class Shard:
 class Plan:
     """What is frozen at the first start; the content of `job.json`."""
 
+    id: str
+    """Of the run: unique, made when the plan is made."""
     fingerprint: str
     job: dict[str, Any]
     """The resolved job."""

@@ -14,6 +14,7 @@ import logging
 import os
 import queue
 import threading
+import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -111,7 +112,8 @@ class _Projection:
         from mlflow import MlflowClient
 
         self.folder, self.plan = folder, plan
-        self.folder.path.resolve().parent.mkdir(parents=True, exist_ok=True)
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            _migrated_store(folder.path.resolve().parent / "mlruns.db")
         self.client = MlflowClient(tracking_uri(folder))
         self.run_id = self._run()
         self.logged = self._logged_orders()
@@ -119,14 +121,24 @@ class _Projection:
     # --- opening
 
     def _run(self) -> str:
-        """The run's id: the one the folder names, if MLflow still has it, or a new one."""
+        """The run's id: the one the folder names, or one that a killed driver began, or a new one."""
         known, uri = self.folder.tracking, tracking_uri(self.folder)
         if known.get("tracking_uri") == uri and self._exists(known["run_id"]):
             self.client.update_run(known["run_id"], status="RUNNING")
             return known["run_id"]
-        run_id = self._create()
+        run_id = self._begun() or self._created()
+        self._log_params(run_id)
+        inputs = self.client.get_run(run_id).inputs
+        if not (inputs and inputs.dataset_inputs):
+            self._log_inputs(run_id)
         self.folder.set_tracking(uri, run_id, whole=False)
         return run_id
+
+    def _begun(self) -> str | None:
+        """The run that a driver created before it was killed, if there is one."""
+        experiment = self._experiment(self.plan.job["track"]["experiment"])
+        found = self.client.search_runs([experiment], f"tags.`nfscale.run` = '{self.plan.id}'", max_results=1)
+        return found[0].info.run_id if found else None
 
     def _exists(self, run_id: str) -> bool:
         from mlflow.exceptions import MlflowException
@@ -138,12 +150,11 @@ class _Projection:
                 return False
             raise
 
-    def _create(self) -> str:
-        from mlflow.entities import Param
-
+    def _created(self) -> str:
         job = self.plan.job
         experiment = self._experiment(job["track"]["experiment"])
         tags = {
+            "nfscale.run": self.plan.id,
             "nfscale.modality": job["signal"]["kind"],
             "nfscale.dataset": job["dataset"]["kind"],
             "nfscale.fingerprint": self.plan.fingerprint,
@@ -151,14 +162,16 @@ class _Projection:
             "mlflow.source.name": "nfscale encode",
             "mlflow.source.type": "JOB",
         }
-        run = self.client.create_run(experiment, run_name=job["name"], tags=tags)
-        params = [Param(name, value[:6000]) for name, value in _flat(job)]
+        return self.client.create_run(experiment, run_name=job["name"], tags=tags).info.run_id
+
+    def _log_params(self, run_id: str) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(name, value[:6000]) for name, value in _flat(self.plan.job)]
         params.append(Param("data", str(self.plan.data_count)))
         params.append(Param("weights_per_field", str(self.plan.layout.size)))
         for start in range(0, len(params), 100):
-            self.client.log_batch(run.info.run_id, params=params[start : start + 100])
-        self._log_inputs(run.info.run_id)
-        return run.info.run_id
+            self.client.log_batch(run_id, params=params[start : start + 100])
 
     def _experiment(self, name: str) -> str:
         from mlflow.exceptions import MlflowException
@@ -308,6 +321,26 @@ class _Projection:
             self.client.create_registered_model(name)
         self.client.create_model_version(name, source=logged.model_uri, run_id=self.run_id)
         self.client.set_tag(self.run_id, _MODEL_TAG, name)
+
+
+def _migrated_store(path: Path) -> None:
+    """A SQLite store that MLflow has set up, whole or not at all.
+
+    MLflow sets up a fresh store in many steps. A kill in between, or two drivers that both do it, would
+    leave one that no later start can use; so it is made under another name, and given its own at the end.
+    """
+    if path.exists():
+        return
+    from mlflow import MlflowClient
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Sequence[tuple[str, str]]:

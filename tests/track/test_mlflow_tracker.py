@@ -149,6 +149,22 @@ def test_a_run_that_was_killed_is_continued(tmp_path, tracked):
     assert folder.is_tracked
 
 
+def test_a_driver_killed_while_it_opened_the_run_leaves_no_second_one(tracked):
+    folder, run_id = tracked
+    record = folder.path / "mlflow.json"
+    before = record.read_bytes()
+    record.unlink()  # as if the driver had died between creating the run and writing down which it is
+    try:
+        tracker = Tracker(folder, folder.plan(), print)
+        tracker.on_start(folder, folder.plan(), folder.commits())
+        tracker.close("FINISHED")
+        assert tracker.run_id == run_id
+        run = client_of(folder).get_run(run_id)
+        assert len(run.inputs.dataset_inputs) == 2
+    finally:
+        record.write_bytes(before)
+
+
 def test_a_server_that_is_down_is_a_warning_and_is_made_up_for_later(tmp_path, monkeypatch, tracked):
     import shutil
 
