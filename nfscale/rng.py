@@ -51,7 +51,7 @@ def philox(key: Tensor, counter: tuple[Tensor, Tensor | int, Tensor | int, Tenso
     k0, k1 = key & _WORD, (key >> 32) & _WORD
     shape = torch.broadcast_shapes(key.shape, *(c.shape for c in counter if isinstance(c, Tensor)))
     c0, c1, c2, c3 = (
-        (c if isinstance(c, Tensor) else torch.tensor(c, dtype=torch.int64, device=key.device)).expand(shape)
+        ((c if isinstance(c, Tensor) else torch.tensor(c, dtype=torch.int64, device=key.device)) & _WORD).expand(shape)
         for c in counter
     )
     for round_index in range(_ROUNDS):

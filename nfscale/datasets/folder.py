@@ -82,9 +82,16 @@ def read_image(path: Path) -> np.ndarray:
                 return np.asarray(image.convert("RGBA" if "transparency" in image.info else "RGB"))
             if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
                 return np.asarray(image.convert("RGB"))
-            if image.mode.startswith("I;16"):
-                return np.asarray(image).astype(np.uint16)
+            if image.mode.startswith("I"):
+                return _as_uint16(np.asarray(image))
             return np.asarray(image)
+
+
+def _as_uint16(array: np.ndarray) -> np.ndarray:
+    """Wide integers as the 16 bits that grey images of depth are stored in."""
+    if array.min() < 0 or array.max() > np.iinfo(np.uint16).max:
+        raise ValueError(f"integer values from {array.min()} to {array.max()}; at most 16 bits are read")
+    return array.astype(np.uint16)
 
 
 def _reason(error: BaseException) -> str:

@@ -1,7 +1,7 @@
 """The slots of a batch: tensors whose axis 0 is the slot, and a record of the datum in each slot.
 
 Danger: the matrix library takes another path for a single matrix, so a batch never has fewer than
-`MINIMUM_SLOTS`; a lone field shares the batch with an idle slot, and its result stays the same bit for bit.
+`MINIMUM_SLOTS`; a lone field shares the batch with an idle slot, so that its result stays the same.
 """
 
 from dataclasses import dataclass, field

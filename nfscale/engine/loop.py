@@ -1,11 +1,13 @@
 """The loop: slots are filled, stepped, looked at every `check_every` steps, emptied and refilled.
 
 The host looks at the device at checks only. What happens to a field between two checks depends on the
-field alone, so results do not change with the batch size or with what the neighbours do.
+field alone, so results do not change with the batch size or with what the neighbours do. On a CPU that is
+so bit for bit for widths that are multiples of 4; for others the matrix library picks its path by the
+alignment of a field's block, and results agree to rounding.
 """
 
 import math
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -61,7 +63,8 @@ def fit(
     """Fit one field to each datum; fields come out in the order in which they finish.
 
     Args:
-        data: (id, samples) pairs, read as slots free up. Data of equal sample count share a batch.
+        data: (id, samples) pairs, read as slots free up. Data of equal sample count share a batch; those with
+            and without a mask do not.
         init: "shared" starts every field from one draw of `seed`, "per_datum" from the datum's own;
             a tensor [P] is the shared start itself.
         samples: how many of a field's samples enter a step.
@@ -71,8 +74,9 @@ def fit(
         observe: called after each check.
 
     Raises:
-        ValueError: if the optimiser needs a calibration and none is given.
+        ValueError: if the optimiser needs a calibration and none is given, or a number is out of its range.
     """
+    _refuse_bad(optimizer, stop, samples, batch)
     if "diagonal" in optimizer.needs and calibration is None:
         raise ValueError("this optimiser uses curvature that fields share; pass calibration=nfscale.calibrate(...)")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -91,9 +95,16 @@ def fit(
         clock=clock or (lambda: 0.0),
         observe=observe or (lambda check: None),
     )
-    queue = _Queue(data)
-    while (available := queue.most_waiting()) is not None:
-        yield from loop.run(queue, available)
+    return loop.run_all(_Queue(data))
+
+
+def _refuse_bad(optimizer: Optimizer, stop: Stop, samples: int | Literal["full"], batch: int | Literal["auto"]) -> None:
+    for name, value in (("samples", samples), ("batch", batch)):
+        if not isinstance(value, str) and value < 1:
+            raise ValueError(f"{name} is at least 1, got {value}")
+    every = getattr(optimizer, "update_every", 1)
+    if "hv" in optimizer.needs and stop.max_steps > stop.cadence and stop.cadence % every:
+        raise ValueError(f"check_every={stop.check_every} is not a multiple of the optimiser's update_every={every}")
 
 
 def _shared_start(
@@ -116,33 +127,45 @@ def batch_slots(field: Field, samples: int, available: int, device: torch.device
     return max(MINIMUM_SLOTS, min(budget // per_field, _MAX_SLOTS.get(device.type, 1024)))
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What data must have in common to share a batch."""
+
+    count: int
+    """Samples."""
+    masked: bool
+
+    @classmethod
+    def of(cls, samples: Samples) -> "_Kind":
+        return cls(len(samples.values), samples.mask is not None)
+
+
 class _Queue:
-    """Data that wait for a slot, by sample count; reads ahead only as far as it must."""
+    """Data that wait for a slot, by kind; reads ahead only as far as it must."""
 
     def __init__(self, data: Iterable[tuple[str, Samples]]) -> None:
         self._data = iter(data)
-        self._waiting: OrderedDict[int, deque[tuple[str, Samples]]] = OrderedDict()
+        self._waiting: dict[_Kind, deque[tuple[str, Samples]]] = {}
 
-    def _read(self) -> int | None:
-        """Read one more datum; its sample count, or None at the end."""
+    def _read(self) -> bool:
+        """Read one more datum; False at the end."""
         datum = next(self._data, None)
         if datum is None:
-            return None
-        available = len(datum[1].values)
-        self._waiting.setdefault(available, deque()).append(datum)
-        return available
+            return False
+        self._waiting.setdefault(_Kind.of(datum[1]), deque()).append(datum)
+        return True
 
-    def most_waiting(self) -> int | None:
-        """The sample count with most data waiting; reads one datum where none waits."""
-        if not any(self._waiting.values()) and self._read() is None:
+    def most_waiting(self) -> _Kind | None:
+        """The kind of which most data wait; reads one datum where none waits."""
+        if not any(self._waiting.values()) and not self._read():
             return None
-        return max(self._waiting, key=lambda available: len(self._waiting[available]))
+        return max(self._waiting, key=lambda kind: len(self._waiting[kind]))
 
-    def take(self, available: int, lookahead: int) -> tuple[str, Samples] | None:
-        """The next datum of this sample count, passing over at most `lookahead` data of other counts."""
-        line = self._waiting.setdefault(available, deque())
+    def take(self, kind: _Kind, lookahead: int) -> tuple[str, Samples] | None:
+        """The next datum of this kind, passing over at most `lookahead` data of other kinds."""
+        line = self._waiting.setdefault(kind, deque())
         while not line and sum(len(other) for other in self._waiting.values()) < lookahead:
-            if self._read() is None:
+            if not self._read():
                 break
         return line.popleft() if line else None
 
@@ -163,13 +186,19 @@ class _Loop:
     clock: Callable[[], float]
     observe: Callable[[Check], None]
 
-    def run(self, queue: _Queue, available: int) -> Iterator[Fitted]:
-        """Fit data of one sample count until no more of them wait."""
+    def run_all(self, queue: _Queue) -> Iterator[Fitted]:
+        """Fit all data, one kind after the other."""
+        while (kind := queue.most_waiting()) is not None:
+            yield from self.run(queue, kind)
+
+    def run(self, queue: _Queue, kind: _Kind) -> Iterator[Fitted]:
+        """Fit data of one kind until no more of them wait."""
+        available = kind.count
         sampler = Sampler(available, available if self.samples == "full" else self.samples, self.sampling)
         capacity = self.batch
         if capacity == "auto":
             capacity = batch_slots(self.field, min(sampler.per_step, available), available, self.device)
-        batch = self._new_batch(queue, sampler, capacity)
+        batch = self._new_batch(queue, kind, sampler, capacity)
         self._look(batch, batch.occupied)
         while batch.occupied:
             before, active = self.clock(), batch.occupied
@@ -191,7 +220,7 @@ class _Loop:
                     leaving.append((index, verdict))
             yield from self._leave(batch, leaving)
             self.observe(Check(len(active), len(leaving), len(active) * self.stop.cadence))
-            fresh += self._refill(batch, queue, available, capacity)
+            fresh += self._refill(batch, queue, kind, capacity)
             self._look(batch, fresh)
             self._compact(batch)
 
@@ -202,9 +231,9 @@ class _Loop:
         seeds = as_tensor([datum_seed(self.seed, datum_id)], self.device)
         return self.field.layout.ravel(self.field.init(seeds))[0]
 
-    def _new_batch(self, queue: _Queue, sampler: Sampler, capacity: int) -> Batch:
+    def _new_batch(self, queue: _Queue, kind: _Kind, sampler: Sampler, capacity: int) -> Batch:
         taken = []
-        while len(taken) < capacity and (datum := queue.take(sampler.available, capacity)) is not None:
+        while len(taken) < capacity and (datum := queue.take(kind, capacity)) is not None:
             taken.append(datum)
         slots: list[Slot | None] = [Slot(datum_id, datum_seed(self.seed, datum_id)) for datum_id, _ in taken]
         while len(taken) < MINIMUM_SLOTS:
@@ -280,11 +309,11 @@ class _Loop:
                 history_quality=slot.history_quality,
             )
 
-    def _refill(self, batch: Batch, queue: _Queue, available: int, lookahead: int) -> list[int]:
+    def _refill(self, batch: Batch, queue: _Queue, kind: _Kind, lookahead: int) -> list[int]:
         """Put waiting data into the empty slots; which slots these were."""
         filled = []
         for index, occupant in enumerate(batch.slots):
-            if occupant is not None or (datum := queue.take(available, lookahead)) is None:
+            if occupant is not None or (datum := queue.take(kind, lookahead)) is None:
                 continue
             datum_id, samples = datum
             slot = Slot(datum_id, datum_seed(self.seed, datum_id))

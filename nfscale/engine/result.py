@@ -40,6 +40,9 @@ class Stop:
     """How often a field that diverges starts again, at half the learning rate each time."""
 
     def __post_init__(self) -> None:
+        for name in ("max_steps", "check_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
         if self.max_steps > self.cadence and self.max_steps % self.cadence:
             below = self.max_steps // self.cadence * self.cadence
             raise ValueError(

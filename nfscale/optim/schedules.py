@@ -44,6 +44,10 @@ class Schedule:
     total_steps: int = 1000
     warmup: int = 0
 
+    def __post_init__(self) -> None:
+        if self.kind not in SCHEDULES:
+            raise ValueError(f"unknown schedule {self.kind!r}; known schedules: {', '.join(SCHEDULES)}")
+
     def factor(self, step: Tensor) -> Tensor:
         """Factor on the learning rate for the update after `step` updates: int64 [F] -> float64 [F].
 

@@ -39,7 +39,7 @@ class Image:
     @classmethod
     def channels_of(cls, datum: np.ndarray, convert: Literal["grey", "rgb"] | None) -> int:
         """Channels of the fields that this datum asks for."""
-        return {"grey": 1, "rgb": 3}[convert] if convert else _as_values(datum).shape[2]
+        return _converted(_as_values(datum), convert).shape[2]
 
     def samples(self, datum: np.ndarray) -> Samples:
         """[H, W] or [H, W, C], integers of full range or floats in [0, 1] -> samples in Z-order."""
@@ -100,8 +100,10 @@ def _as_values(datum: np.ndarray) -> np.ndarray:
         raise ValueError(f"an image is [height, width] or [height, width, channels], got shape {list(datum.shape)}")
     if datum.dtype == bool:
         return datum.astype(np.float32)
-    if np.issubdtype(datum.dtype, np.integer):
+    if datum.dtype in (np.uint8, np.uint16):
         return datum.astype(np.float32) / np.float32(np.iinfo(datum.dtype).max)
+    if not np.issubdtype(datum.dtype, np.floating):
+        raise ValueError(f"images are uint8, uint16, bool, or floats in [0, 1]; got {datum.dtype}")
     values = datum.astype(np.float32)
     if not np.isfinite(values).all():
         raise ValueError("the image holds NaN or infinite values")

@@ -542,3 +542,43 @@ def test_optimisers_by_name_see_what_optimisers_by_row_see():
     by_name, by_row = (fitted(DATA, kind(0.01, SCHEDULE), samples=16, batch=2) for kind in (ByName, Adam))
     for datum_id, result in by_row.items():
         torch.testing.assert_close(by_name[datum_id].weights, result.weights, rtol=1e-5, atol=1e-6)
+
+
+def test_masks_stay_with_their_data():
+    """A datum without a mask is not weighted by its neighbour's, in the first batch or after a refill."""
+    part = SIGNAL.samples(smooth_image(0))
+    mask = torch.zeros(len(part.values))
+    mask[:20] = 1
+    masked = replace(part, mask=mask)
+    data = [("masked", masked), ("plain", part), ("masked too", masked), ("plain too", part)]
+    alone = {name: next(iter(fitted([(name, one)], ADAM, "full").values())) for name, one in data}
+    for batch in (2, 3, "auto"):
+        together = fitted(data, ADAM, "full", batch=batch)
+        for name, result in alone.items():
+            assert_same_bits(together[name], result)
+    assert alone["masked"].quality != alone["plain"].quality
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"samples": 0}, "samples is at least 1, got 0"), ({"batch": -1}, "batch is at least 1, got -1")],
+)
+def test_numbers_out_of_range_are_refused_before_anything_is_read(change, message):
+    def data():
+        raise AssertionError("the data were read")
+        yield
+
+    with pytest.raises(ValueError, match=message):
+        fit(FIELD, SIGNAL, data(), optimizer=ADAM, stop=STOP, seed=0, **change)
+
+
+def test_a_check_must_fall_on_an_update_of_the_fields_own_curvature():
+    optimizer = ESGD(0.05, SCHEDULE, curvature="per_field", update_every=7)
+    with pytest.raises(ValueError, match="check_every=20 is not a multiple of the optimiser's update_every=7"):
+        fit(FIELD, SIGNAL, DATA, optimizer=optimizer, stop=STOP, seed=0)
+
+
+@pytest.mark.parametrize("change", [{"max_steps": 0}, {"check_every": 0}])
+def test_a_stop_has_at_least_one_step_and_checks(change):
+    with pytest.raises(ValueError, match="is at least 1, got 0"):
+        Stop(**({"max_steps": 10} | change))

@@ -217,3 +217,9 @@ def test_the_description_says_how_an_output_becomes_a_value():
     values = said["output"]["scale"] * in_row_order(signal.samples(image)).numpy() + said["output"]["shift"]
     assert np.abs(values.reshape(3, 4) - image).max() <= 2**-24
     assert said["kind"] == "image"
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.int64, np.complex64])
+def test_types_without_a_full_range_are_refused(kind):
+    with pytest.raises(ValueError, match=f"uint8, uint16, bool, or floats in .* got {np.dtype(kind)}"):
+        Image(1).samples(np.ones((4, 4), dtype=kind))
