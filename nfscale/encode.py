@@ -22,6 +22,7 @@ from torch import Tensor
 from nfscale.datasets import Dataset, Datum, seeded_sample
 from nfscale.datasets.base import ids_digest, read_range
 from nfscale.engine import Calibration, Fitted, calibrate, fit
+from nfscale.engine.step import evaluate, stack_samples
 from nfscale.errors import CallerError, EncodeError
 from nfscale.fields import Field, theta0_of
 from nfscale.job import FORMAT_VERSION, EncodeJob
@@ -30,7 +31,7 @@ from nfscale.rng import datum_seed
 from nfscale.signals import SIGNALS, Samples, Signal
 from nfscale.store import files
 from nfscale.store.run_folder import Commit, Plan, RunFolder, Shard
-from nfscale.store.schema import LabelType, Row, to_table, write_parquet
+from nfscale.store.schema import LabelType, Row, restored, stored, to_table, write_parquet
 
 _SHARD_SECONDS = 15.0  # of work: what a lost worker costs, and short enough that all workers end together
 _ASSUMED_FLOPS = {"cpu": 20e9, "cuda": 10e12}  # useful rate of one worker; only decides how data are cut
@@ -268,6 +269,7 @@ def encode_shard(
         for finished in _fitted(run, shard, attempt, rows):
             yield Progress(shard.name, [f.quality for f in finished])
         fit_seconds = sum(row.wall_seconds or 0.0 for row in rows.values())
+        _measure_rounded(run, shard, rows)
     else:
         for position in range(shard.start, shard.stop):
             datum_id = run.dataset.ids[position]
@@ -343,9 +345,26 @@ def _fill(row: Row, fitted: Fitted) -> None:
         )
 
 
+def _measure_rounded(run: OpenRun, shard: Shard, rows: dict[str, Row]) -> None:
+    """Loss and quality of the weights as they will be stored, where storage rounds them."""
+    if run.plan.dtype == "float32":
+        return
+    for position in range(shard.start, shard.stop):
+        row = rows[run.dataset.ids[position]]
+        if row.weights is None:
+            continue
+        prepared = _prepared(run.signal, run.dataset.read(position))
+        assert isinstance(prepared, Samples), "it was fitted a moment ago"
+        rounded = restored(stored(row.weights[None], run.plan.dtype, run.plan.theta0), run.plan.dtype, run.plan.theta0)
+        pair = torch.from_numpy(rounded).expand(2, -1)  # a lone field rounds differently, see field_chunks
+        samples = stack_samples([prepared] * 2, torch.device("cpu"))
+        loss, quality = evaluate(run.field, run.signal, pair, samples)
+        row.loss, row.quality = float(loss[0]), float(quality[0])
+
+
 def _write(run: OpenRun, shard: Shard, rows: list[Row], path: Path) -> None:
     """Write the rows and read them back: what is committed is what is on the disk."""
-    table = to_table(rows, run.plan.table_schema())
+    table = to_table(rows, run.plan.table_schema(), run.plan.theta0)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_parquet(table, path)
     written = pq.read_table(path, columns=["datum_id", "index"])

@@ -31,6 +31,7 @@ from nfscale.errors import CallerError
 from nfscale.fields import FIELDS
 from nfscale.optim import OPTIMIZERS, SCHEDULES, Schedule
 from nfscale.signals import SIGNALS
+from nfscale.store.schema import StoreDtype
 
 FORMAT_VERSION = 1
 """Of the run folder and the table; a reader refuses a newer one."""
@@ -105,7 +106,7 @@ class FitSection(_Section):
 class StoreSection(_Section):
     """How weights are stored."""
 
-    dtype: Literal["float32"] = "float32"
+    dtype: StoreDtype = "float32"
     shard_fields: PositiveInt | Literal["auto"] = "auto"
 
 
@@ -176,6 +177,11 @@ class EncodeJob(_Section):
             raise ValueError(
                 "optimizer.curvature=shared needs fields that start from one theta0, and field.init is per_datum; "
                 "use field.init=shared or optimizer.curvature=per_field"
+            )
+        if self.store.dtype == "delta_float16" and self.field.init == "per_datum":
+            raise ValueError(
+                "store.dtype=delta_float16 stores differences from one theta0, and field.init is per_datum; "
+                "use field.init=shared or store.dtype=float16"
             )
         update_every = getattr(self.optimizer, "update_every", 1)
         if self.fit.max_steps >= self.fit.check_every and self.fit.check_every % update_every:

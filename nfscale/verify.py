@@ -16,7 +16,7 @@ from nfscale.engine.step import evaluate
 from nfscale.signals import Samples
 from nfscale.store import files
 from nfscale.store.run_folder import Commit, RunFolder
-from nfscale.store.schema import FAILED_STATUSES
+from nfscale.store.schema import FAILED_STATUSES, restored
 from nfscale.store.table import as_matrix
 
 TOLERANCE_DB = 0.05
@@ -88,7 +88,7 @@ def _measure(run: OpenRun, commit: Commit, found: Verification) -> None:
     table = pq.read_table(run.folder.path / commit.file, columns=columns)
     place = {datum_id: position for position, datum_id in enumerate(run.dataset.ids[commit.start : commit.stop])}
     by_count: dict[int, list[tuple[str, np.ndarray, float, Samples]]] = {}
-    weights = as_matrix(table["weights"])
+    weights = restored(as_matrix(table["weights"]), run.plan.dtype, run.plan.theta0)
     rows = table.drop_columns(["weights"])
     for row, vector in zip(rows.to_pylist(), weights, strict=True):
         if not np.isfinite(vector).all():

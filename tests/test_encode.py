@@ -232,3 +232,22 @@ def test_verify_misses_a_commit(tmp_path):
 def test_a_calibration_that_diverges_says_what_to_change(tmp_path):
     with pytest.raises(EncodeError, match="the calibration failed: the calibration diverged"):
         encode_in_process(tiny_job(tmp_path / "run", "optimizer.learning_rate=1e30", "optimizer.clip=null"))
+
+
+@pytest.mark.parametrize(("dtype", "most_lost"), [("float16", 1.0), ("delta_float16", 0.05)])
+def test_rounded_weights_have_the_quality_that_is_recorded(tmp_path, dtype, most_lost):
+    exact, _ = encode_in_process(tiny_job(tmp_path / "exact"))
+    folder, _ = encode_in_process(tiny_job(tmp_path / dtype, f"store.dtype={dtype}"))
+    assert not verify(folder).mismatches
+    tables = [open_weights(f.path) for f in (exact, folder)]
+    qualities = [t.to_arrow(["quality"])["quality"].to_numpy() for t in tables]
+    assert np.median(qualities[0] - qualities[1]) <= most_lost
+    assert np.abs(tables[0].weights() - tables[1].weights()).max() < 0.01
+    assert tables[1].schema.field("weights").type.value_type == "halffloat"
+    sizes = [sum(c.bytes for c in t.commits) for t in tables]
+    assert sizes[1] < 0.75 * sizes[0]
+
+
+def test_differences_from_theta0_need_a_theta0(tmp_path):
+    with pytest.raises(CallerError, match=r"use field.init=shared or store.dtype=float16"):
+        tiny_job(tmp_path, "store.dtype=delta_float16", "field.init=per_datum", "optimizer.kind=adam")

@@ -90,7 +90,14 @@ class Plan:
 
     def table_schema(self) -> pa.Schema:
         """The schema that every file of the run has."""
-        return schema.table_schema(self.layout, self.label_type, self.quality_name, self.fingerprint, self.format)
+        return schema.table_schema(
+            self.layout, self.label_type, self.quality_name, self.fingerprint, self.format, self.dtype
+        )
+
+    @property
+    def dtype(self) -> schema.StoreDtype:
+        """How the weights are rounded."""
+        return self.job["store"]["dtype"]
 
     def to_json(self) -> dict[str, Any]:
         content = asdict(self)

@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 from nfscale.layout import Layout
 
 LabelType = Literal["string", "int64"]
+StoreDtype = Literal["float32", "float16", "delta_float16"]
+"""How weights are rounded for storage; delta_float16 is half precision of weights - theta0, which costs no quality."""
 
 OK_STATUSES = ("converged", "plateau", "max_steps")
 FAILED_STATUSES = ("diverged", "decode_error", "crashed")
@@ -54,18 +56,25 @@ class Row:
 
 
 def table_schema(
-    layout: Layout, label_type: LabelType, quality_name: str, fingerprint: str, format_version: int
+    layout: Layout,
+    label_type: LabelType,
+    quality_name: str,
+    fingerprint: str,
+    format_version: int,
+    dtype: StoreDtype = "float32",
 ) -> pa.Schema:
-    """The columns, in their order; the layout in the metadata of `weights`, the fingerprint in the file's."""
+    """The columns, in their order; layout and dtype in the metadata of `weights`, the fingerprint in the file's."""
     text = pa.dictionary(pa.int32(), pa.string())
-    weights = pa.list_(pa.field("element", pa.float32(), nullable=False), layout.size)
+    element = pa.float32() if dtype == "float32" else pa.float16()
+    weights = pa.list_(pa.field("element", element, nullable=False), layout.size)
+    described = {"nfscale.layout": layout.to_json(), "nfscale.dtype": dtype}
     return pa.schema(
         [
             pa.field("datum_id", pa.string(), nullable=False),
             pa.field("index", pa.int64(), nullable=False),
             pa.field("split", text),
             pa.field("label", pa.string() if label_type == "string" else pa.int64()),
-            pa.field("weights", weights, nullable=False, metadata={"nfscale.layout": layout.to_json()}),
+            pa.field("weights", weights, nullable=False, metadata=described),
             pa.field("status", text, nullable=False),
             pa.field("reason", pa.string()),
             pa.field("loss", pa.float32()),
@@ -85,8 +94,8 @@ def table_schema(
     )
 
 
-def to_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
-    """Rows as an Arrow table of this schema."""
+def to_table(rows: Sequence[Row], schema: pa.Schema, theta0: np.ndarray | None = None) -> pa.Table:
+    """Rows as an Arrow table of this schema; their weights are float32, and rounded here as the schema says."""
     size = schema.field("weights").type.list_size
     matrix = np.full((len(rows), size), np.nan, dtype=np.float32)
     for position, row in enumerate(rows):
@@ -98,7 +107,7 @@ def to_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
     columns["metrics"] = [list(row.metrics.items()) for row in rows]
     weights_type = schema.field("weights").type
     arrays = [
-        pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel()), type=weights_type)
+        pa.FixedSizeListArray.from_arrays(pa.array(stored(matrix, dtype_of(schema), theta0).ravel()), type=weights_type)
         if name == "weights"
         else pa.array(columns[name], type=schema.field(name).type)
         for name in schema.names
@@ -123,6 +132,30 @@ def write_parquet(table: pa.Table, path: Path) -> None:
         write_page_index=True,
         **by_column,
     )
+
+
+def dtype_of(schema: pa.Schema) -> StoreDtype:
+    """How the weights of a table are rounded."""
+    return (schema.field("weights").metadata or {}).get(b"nfscale.dtype", b"float32").decode()
+
+
+def stored(weights: np.ndarray, dtype: StoreDtype, theta0: np.ndarray | None) -> np.ndarray:
+    """Weights as they lie in the table: float32 [rows, P] -> float32 or float16 [rows, P]."""
+    if dtype == "float32":
+        return weights
+    return (weights if dtype == "float16" else weights - _start(theta0)).astype(np.float16)
+
+
+def restored(matrix: np.ndarray, dtype: StoreDtype, theta0: np.ndarray | None) -> np.ndarray:
+    """What `stored` gave, as the weights that decode: [rows, P] -> float32 [rows, P]."""
+    weights = matrix.astype(np.float32, copy=False)
+    return weights + _start(theta0) if dtype == "delta_float16" else weights
+
+
+def _start(theta0: np.ndarray | None) -> np.ndarray:
+    if theta0 is None:
+        raise ValueError("store.dtype=delta_float16 stores differences from theta0, and these fields share none")
+    return theta0
 
 
 def layout_of(schema: pa.Schema) -> Layout:

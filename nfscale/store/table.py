@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from nfscale.engine.step import field_chunks
-from nfscale.errors import CallerError
+from nfscale.errors import CallerError, MismatchError
 from nfscale.fields import FIELDS, Field
 from nfscale.layout import Layout
 from nfscale.signals import SIGNALS, Signal
 from nfscale.store.run_folder import Commit, Plan, RunFolder
-from nfscale.store.schema import OK_STATUSES, ROW_GROUP_ROWS, STATUS
+from nfscale.store.schema import OK_STATUSES, ROW_GROUP_ROWS, STATUS, restored
 
 DatumKey = str | int
 """The id of a datum, or its index in the dataset."""
@@ -59,7 +59,7 @@ class WeightsTable:
 
     def __contains__(self, key: object) -> bool:
         """Whether a datum of this id or index has a committed row."""
-        return key in self._place
+        return isinstance(key, str | int) and self._positions([key]) != [None]
 
     @property
     def schema(self) -> pa.Schema:
@@ -78,7 +78,7 @@ class WeightsTable:
 
     def dataset(self) -> pds.FileSystemDataset:
         """The committed files as a pyarrow dataset: filters and columns are pushed down."""
-        files = [str(self.folder.path / commit.file) for commit in self.commits]
+        files = [str(self._file(commit)) for commit in self.commits]
         return pds.dataset(files, schema=self.schema, format="parquet")  # type: ignore[return-value]
 
     def to_arrow(self, columns: Sequence[str] | None = None, filter: pc.Expression | None = None) -> pa.Table:
@@ -95,7 +95,11 @@ class WeightsTable:
 
     def weights(self, filter: pc.Expression | None = None) -> np.ndarray:
         """The weights alone, sorted by `index`: float32 [rows, P]."""
-        return as_matrix(self.to_arrow(["weights"], filter)["weights"])
+        return self.matrix(self.to_arrow(["weights"], filter)["weights"])
+
+    def matrix(self, column: pa.ChunkedArray) -> np.ndarray:
+        """A column of weights, whatever it is rounded to, as the weights that decode: float32 [rows, P]."""
+        return restored(as_matrix(column), self.plan.dtype, self.theta0)
 
     def rows(self, keys: Sequence[DatumKey]) -> pa.Table:
         """The rows of these data, in the order asked for.
@@ -103,31 +107,53 @@ class WeightsTable:
         Raises:
             CallerError: if a datum has no committed row.
         """
-        place = self._place
-        if missing := [key for key in keys if key not in place]:
-            raise CallerError(f"no committed row for {missing[:5]}; ids look like {list(place)[:6:2]}")
-        by_group: dict[tuple[int, int], list[int]] = {}
-        for position, key in enumerate(keys):
-            file, row = place[key]
-            by_group.setdefault((file, row // ROW_GROUP_ROWS), []).append(position)
-        parts, order = [], []
-        for (file, group), positions in sorted(by_group.items()):
-            opened = pq.ParquetFile(self.folder.path / self.commits[file].file)
-            wanted = [place[keys[position]][1] % ROW_GROUP_ROWS for position in positions]
-            parts.append(opened.read_row_group(group).take(wanted))
-            order += positions
-        table = pa.concat_tables(parts) if parts else self.schema.empty_table()
-        return table.take(np.argsort(order)) if parts else table
+        positions = self._positions(keys)
+        if missing := [key for key, position in zip(keys, positions, strict=True) if position is None]:
+            examples = self._keys["datum_id"].slice(0, 3).to_pylist()
+            raise CallerError(f"no committed row for {missing[:5]}; ids look like {examples}")
+        firsts = np.cumsum([0] + [commit.rows for commit in self.commits])
+        by_group: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for order, position in enumerate(positions):
+            file = int(np.searchsorted(firsts, position, side="right")) - 1
+            row = int(position - firsts[file])
+            by_group.setdefault((file, row // ROW_GROUP_ROWS), []).append((row % ROW_GROUP_ROWS, order))
+        parts, orders = [self.schema.empty_table()], []
+        for (file, group), wanted in sorted(by_group.items()):
+            with pq.ParquetFile(self.folder.path / self.commits[file].file) as opened:
+                parts.append(opened.read_row_group(group).take([row for row, _ in wanted]).cast(self.schema))
+            orders += [order for _, order in wanted]
+        return pa.concat_tables(parts).take(np.argsort(orders)) if orders else parts[0]
 
     @cached_property
-    def _place(self) -> dict[DatumKey, tuple[int, int]]:
-        """Ids and indices to (commit, row in its file)."""
-        place: dict[DatumKey, tuple[int, int]] = {}
-        for file, commit in enumerate(self.commits):
-            ids = pq.read_table(self.folder.path / commit.file, columns=["datum_id", "index"])
-            for row, (datum_id, index) in enumerate(zip(*(c.to_pylist() for c in ids.columns), strict=True)):
-                place[datum_id] = place[index] = (file, row)
-        return place
+    def _keys(self) -> pa.Table:
+        """Ids and indices of all rows, in the order of the commits and of the rows in their files."""
+        parts = [pq.read_table(self._file(commit), columns=["datum_id", "index"]) for commit in self.commits]
+        empty = self.schema.empty_table().select(["datum_id", "index"])
+        return pa.concat_tables([empty, *(part.cast(empty.schema) for part in parts)]).combine_chunks()
+
+    def _positions(self, keys: Sequence[DatumKey]) -> list[int | None]:
+        """Where the rows of these data are in `_keys`; None where there is none."""
+        found: list[int | None] = [None] * len(keys)
+        for kind, name in ((str, "datum_id"), (int, "index")):
+            asked = [(order, key) for order, key in enumerate(keys) if isinstance(key, str) is (kind is str)]
+            if asked and len(self._keys):
+                column = self._keys[name]
+                values = pa.array([key for _, key in asked], column.type)
+                places = pc.index_in(values, value_set=column)  # type: ignore[attr-defined]
+                for (order, _), place in zip(asked, places.to_pylist(), strict=True):
+                    found[order] = place
+        return found
+
+    def _file(self, commit: Commit) -> Path:
+        """The file that a commit names.
+
+        Raises:
+            MismatchError: if it is gone.
+        """
+        path = self.folder.path / commit.file
+        if not path.is_file():
+            raise MismatchError(f"{path} is missing, and {commit.shard} is committed; `nfscale verify` lists all")
+        return path
 
     def decode(self, keys: Sequence[DatumKey], shape: tuple[int, ...] | None = None) -> np.ndarray:
         """Data out of weights: [len(keys), *shape, C], in units of the full range.
@@ -140,7 +166,7 @@ class WeightsTable:
             CallerError: if a datum has no row or no weights, or the shapes differ and none is given.
         """
         rows = self.rows(keys)
-        weights = as_matrix(rows["weights"])
+        weights = self.matrix(rows["weights"])
         if empty := [key for key, row in zip(keys, weights, strict=True) if not np.isfinite(row).all()]:
             reasons = dict(zip(keys, rows["reason"].to_pylist(), strict=True))
             raise CallerError(f"no weights for {empty[:5]}: {reasons[empty[0]]}")
@@ -172,7 +198,7 @@ class WeightsTable:
         """
         table = self.to_arrow(["weights", "label", "split", "status"])
         table = table.filter(STATUS.isin(OK_STATUSES))
-        weights = torch.from_numpy(as_matrix(table["weights"]))
+        weights = torch.from_numpy(self.matrix(table["weights"]))
         if self.theta0 is not None:
             weights = weights - torch.from_numpy(self.theta0)
         if standardize is not None:
@@ -188,7 +214,7 @@ class WeightsTable:
 
 
 def as_matrix(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of weights as float32 [rows, P]."""
+    """A column of weights as it is stored: float32 or float16 [rows, P]."""
     size = column.type.list_size
     chunks = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, size) for chunk in column.chunks]
     return np.concatenate(chunks) if chunks else np.empty((0, size), dtype=np.float32)
