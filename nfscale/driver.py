@@ -5,12 +5,14 @@ commits and continues. Observers are told what happens and decide for themselves
 """
 
 import contextlib
+import os
 import signal
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 from nfscale.coordinator import Coordinator, Failure, Lease
 from nfscale.datasets.base import ids_digest
@@ -20,6 +22,8 @@ from nfscale.job import EncodeJob
 from nfscale.store.run_folder import Commit, Plan, RunFolder, Shard
 
 _POLL_SECONDS = 0.5
+BEAT_SECONDS = 5.0
+"""Between two signs of life; a driver that gave none for several times as long is taken for dead."""
 
 
 # --- what a pool of workers tells the driver
@@ -211,23 +215,49 @@ def remaining(shards: Sequence[Shard], commits: Sequence[Commit]) -> list[Shard]
     return open_shards
 
 
-def serve(folder: RunFolder, plan: Plan, pool: Pool, observers: Sequence[Observer]) -> Summary:
+def with_failures(commits: Sequence[Commit]) -> list[Shard]:
+    """The committed shards that hold failed data."""
+    return [
+        Shard(c.index, c.start, c.stop, c.shard.partition("-")[2].partition("-")[2], again=True)
+        for c in commits
+        if c.failed
+    ]
+
+
+def serve(
+    folder: RunFolder, plan: Plan, pool: Pool, observers: Sequence[Observer], retry_failed: bool = False
+) -> Summary:
     """Give out leases until every datum has a committed row.
+
+    Args:
+        retry_failed: fit the data anew whose committed rows have failed, beside what has no row yet.
 
     Raises:
         EncodeError: if the run cannot go on; what is committed stays.
     """
+    try:
+        return _serve(folder, plan, pool, observers, retry_failed)
+    finally:
+        folder.driver_left()
+
+
+def _serve(folder: RunFolder, plan: Plan, pool: Pool, observers: Sequence[Observer], retry_failed: bool) -> Summary:
     commits = folder.commits()
     job = EncodeJob.model_validate(plan.job)
+    again = with_failures(commits) if retry_failed else []
     coordinator = Coordinator(
-        remaining(plan.shards(), commits),
+        remaining(plan.shards(), commits) + again,
         calibrate=job.needs_calibration and not folder.has_calibration,
         first_lease=max((commit.order for commit in commits), default=-1) + 1,
     )
     summary = Summary(str(folder.path), job.name)
     started: float | None = None
     leases: dict[str, Lease] = {}
+    beaten = 0.0
     while not coordinator.finished:
+        if time.monotonic() - beaten > BEAT_SECONDS:
+            beaten = time.monotonic()
+            folder.beat(_sign_of_life(leases))
         if coordinator.fatal:
             raise EncodeError(coordinator.fatal)
         for worker in pool.idle():
@@ -257,6 +287,11 @@ def serve(folder: RunFolder, plan: Plan, pool: Pool, observers: Sequence[Observe
         raise EncodeError(f"the commits hold {rows} rows of {plan.data_count} data; `nfscale verify` says which")
     folder.finish(rows)
     return summary
+
+
+def _sign_of_life(leases: dict[str, Lease]) -> dict[str, Any]:
+    in_flight = {w: lease.shard.name if lease.shard else "calibration" for w, lease in leases.items()}
+    return {"host": socket.gethostname(), "pid": os.getpid(), "at": time.time(), "in_flight": in_flight}
 
 
 def totals(folder: RunFolder, summary: Summary) -> Summary:

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from nfscale.rng import datum_seed
 from nfscale.signals import SIGNALS, Samples, Signal
 from nfscale.store import files
 from nfscale.store.run_folder import Commit, Plan, RunFolder, Shard
-from nfscale.store.schema import LabelType, Row, restored, stored, to_table, write_parquet
+from nfscale.store.schema import OK_STATUSES, STATUS, LabelType, Row, restored, stored, to_table, write_parquet
 
 _SHARD_SECONDS = 15.0  # of work: what a lost worker costs, and short enough that all workers end together
 _ASSUMED_FLOPS = {"cpu": 20e9, "cuda": 10e12}  # useful rate of one worker; only decides how data are cut
@@ -254,6 +255,8 @@ def encode_shard(
 ) -> Iterator[Progress | ShardReport]:
     """Fit the data of a shard, write their rows and commit them; the report comes last.
 
+    A shard that is to be fitted `again` keeps its rows that are ok as they are.
+
     Args:
         attempt: names this attempt's file.
         order: the rank of this lease.
@@ -265,32 +268,55 @@ def encode_shard(
     started = time.perf_counter()
     rows: dict[str, Row] = {}
     fit_seconds = 0.0
+    former = run.folder.commit_of(shard) if shard.again else None
+    kept = None if former is None else _ok_rows(run, former)
+    known = set() if kept is None else set(kept["datum_id"].to_pylist())
     if quarantine is None:
-        for finished in _fitted(run, shard, attempt, rows):
+        for finished in _fitted(run, shard, attempt, rows, known):
             yield Progress(shard.name, [f.quality for f in finished])
         fit_seconds = sum(row.wall_seconds or 0.0 for row in rows.values())
         _measure_rounded(run, shard, rows)
     else:
         for position in range(shard.start, shard.stop):
             datum_id = run.dataset.ids[position]
+            if datum_id in known:
+                continue
             seed = datum_seed(run.job.seed, datum_id)
             index = run.dataset.index_of(position)
             rows[datum_id] = Row(datum_id, index, "crashed", shard.index, attempt, seed, reason=quarantine)
     path = run.folder.data_file(shard, attempt)
-    ordered = sorted(rows.values(), key=lambda row: row.index)
-    _write(run, shard, ordered, path)
-    commit = _commit_of(run, shard, ordered, path, attempt, order, worker, started, fit_seconds)
-    won = run.folder.commit(commit)
+    table = to_table(list(rows.values()), run.plan.table_schema(), run.plan.theta0)
+    if kept is not None:
+        table = pa.concat_tables([kept, table], promote_options="none")
+    table = table.sort_by("index")
+    _write(run, shard, table, path)
+    commit = _commit_of(run, shard, table, path, attempt, order, worker, started, fit_seconds)
+    if former is None:
+        won = run.folder.commit(commit)
+    else:
+        run.folder.recommit(commit)
+        won = True
     if not won:
         path.unlink(missing_ok=True)
+    elif former is not None:
+        (run.folder.path / former.file).unlink(missing_ok=True)
     yield ShardReport(commit, won)
 
 
-def _fitted(run: OpenRun, shard: Shard, attempt: str, rows: dict[str, Row]) -> Iterator[list[Fitted]]:
-    """Fit the shard, filling `rows`; yields the fields that finished since it last did."""
+def _ok_rows(run: OpenRun, commit: Commit) -> pa.Table:
+    """The rows of a committed shard that need no other attempt."""
+    table = pq.read_table(run.folder.path / commit.file).cast(run.plan.table_schema())
+    return table.filter(STATUS.isin(OK_STATUSES))
+
+
+def _fitted(run: OpenRun, shard: Shard, attempt: str, rows: dict[str, Row], known: set[str]) -> Iterator[list[Fitted]]:
+    """Fit the shard but for the `known` data, filling `rows`; yields the fields that finished since it last did."""
 
     def data() -> Iterator[tuple[str, Samples]]:
-        for datum in read_range(run.dataset, shard.start, shard.stop):
+        for position in range(shard.start, shard.stop):
+            if run.dataset.ids[position] in known:
+                continue
+            datum = run.dataset.read(position)
             seed = datum_seed(run.job.seed, datum.id)
             row = Row(datum.id, datum.index, "decode_error", shard.index, attempt, seed, datum.split, datum.label)
             rows[datum.id] = row
@@ -350,8 +376,8 @@ def _measure_rounded(run: OpenRun, shard: Shard, rows: dict[str, Row]) -> None:
     if run.plan.dtype == "float32":
         return
     for position in range(shard.start, shard.stop):
-        row = rows[run.dataset.ids[position]]
-        if row.weights is None:
+        row = rows.get(run.dataset.ids[position])
+        if row is None or row.weights is None:
             continue
         prepared = _prepared(run.signal, run.dataset.read(position))
         assert isinstance(prepared, Samples), "it was fitted a moment ago"
@@ -362,15 +388,14 @@ def _measure_rounded(run: OpenRun, shard: Shard, rows: dict[str, Row]) -> None:
         row.loss, row.quality = float(loss[0]), float(quality[0])
 
 
-def _write(run: OpenRun, shard: Shard, rows: list[Row], path: Path) -> None:
+def _write(run: OpenRun, shard: Shard, table: pa.Table, path: Path) -> None:
     """Write the rows and read them back: what is committed is what is on the disk."""
-    table = to_table(rows, run.plan.table_schema(), run.plan.theta0)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_parquet(table, path)
-    written = pq.read_table(path, columns=["datum_id", "index"])
-    if written["datum_id"].to_pylist() != [row.datum_id for row in rows] or len(rows) != len(shard):
+    written = pq.read_table(path, columns=["datum_id"])["datum_id"]
+    if written.to_pylist() != table["datum_id"].to_pylist() or len(written) != len(shard):
         path.unlink(missing_ok=True)
-        raise EncodeError(f"{path.name} holds {written.num_rows} rows after writing {len(rows)} of {len(shard)} data")
+        raise EncodeError(f"{path.name} holds {len(written)} rows after writing {len(table)} of {len(shard)} data")
     if not pq.read_schema(path).equals(table.schema):
         path.unlink(missing_ok=True)
         raise EncodeError(f"{path.name} was read back with another schema than it was written with")
@@ -379,7 +404,7 @@ def _write(run: OpenRun, shard: Shard, rows: list[Row], path: Path) -> None:
 def _commit_of(
     run: OpenRun,
     shard: Shard,
-    rows: list[Row],
+    table: pa.Table,
     path: Path,
     attempt: str,
     order: int,
@@ -387,19 +412,20 @@ def _commit_of(
     started: float,
     fit_seconds: float,
 ) -> Commit:
-    qualities = np.array([row.quality for row in rows if row.quality is not None and np.isfinite(row.quality)])
+    qualities = table["quality"].drop_null().to_numpy()
+    qualities = qualities[np.isfinite(qualities)]
     quality = {}
     if len(qualities):
         p05, p50, p95 = np.percentile(qualities, [5, 50, 95])
         quality = {"mean": float(qualities.mean()), "p05": float(p05), "p50": float(p50), "p95": float(p95)}
-    steps = [row.steps for row in rows if row.steps is not None]
+    steps = table["steps"].drop_null().to_numpy()
     return Commit(
         shard=shard.name,
         index=shard.index,
         start=shard.start,
         stop=shard.stop,
         file=str(path.relative_to(run.folder.path)),
-        rows=len(rows),
+        rows=len(table),
         bytes=path.stat().st_size,
         sha256=files.sha256_of(path),
         attempt=attempt,
@@ -408,9 +434,9 @@ def _commit_of(
         committed_at=time.time(),
         seconds=time.perf_counter() - started,
         fit_seconds=fit_seconds,
-        counts=dict(Counter(row.status for row in rows)),
+        counts=dict(Counter(table["status"].to_pylist())),
         quality=quality,
-        steps_mean=float(np.mean(steps)) if steps else 0.0,
+        steps_mean=float(steps.mean()) if len(steps) else 0.0,
     )
 
 

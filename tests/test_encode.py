@@ -1,6 +1,7 @@
 """A run in one process: rows, determinism, resume, hostile data, verification."""
 
 import json
+import os
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -8,9 +9,9 @@ import pytest
 from PIL import Image
 
 from nfscale.coordinator import Failure, Lease
-from nfscale.driver import InProcessPool, open_run, remaining
+from nfscale.driver import InProcessPool, open_run, remaining, serve
 from nfscale.encode import OpenRun, ShardReport, encode_shard
-from nfscale.errors import CallerError, EncodeError
+from nfscale.errors import CallerError, EncodeError, MismatchError
 from nfscale.store import open_weights
 from nfscale.store.run_folder import Commit, Shard
 from nfscale.verify import verify
@@ -140,13 +141,13 @@ def test_bad_data_are_rows_and_cost_no_neighbour(tmp_path, photographs):
     folder, summary = encode_in_process(_folder_job(tmp_path, photographs, "with"))
     rows = {row["datum_id"]: row for row in open_weights(folder.path).to_arrow().to_pylist()}
     bad = {name: row for name, row in rows.items() if name.startswith("bad")}
-    assert set(bad) == {"bad-grey.png", "bad-empty.png", "bad-text.png", "bad-cut.png"}, "a dead link is no file"
+    assert set(bad) == {"bad-grey.png", "bad-empty.png", "bad-text.png", "bad-cut.png", "bad-gone.png"}
     for row in bad.values():
         assert row["status"] == "decode_error"
         assert row["reason"]
         assert np.isnan(row["weights"]).all()
     assert "1 channels" in bad["bad-grey.png"]["reason"]
-    assert summary.failed == 4
+    assert summary.failed == 5
     assert not verify(folder).mismatches
     for path in photographs.glob("bad*"):
         path.unlink()
@@ -251,3 +252,66 @@ def test_rounded_weights_have_the_quality_that_is_recorded(tmp_path, dtype, most
 def test_differences_from_theta0_need_a_theta0(tmp_path):
     with pytest.raises(CallerError, match=r"use field.init=shared or store.dtype=float16"):
         tiny_job(tmp_path, "store.dtype=delta_float16", "field.init=per_datum", "optimizer.kind=adam")
+
+
+def test_failed_data_are_fitted_anew_and_the_others_kept(tmp_path, photographs):
+    job = _folder_job(tmp_path, photographs, "run")
+    folder, _ = encode_in_process(job)
+    before = {row["datum_id"]: row for row in open_weights(folder.path).to_arrow().to_pylist()}
+    Image.fromarray(np.full((8, 8, 3), 99, dtype=np.uint8)).save(photographs / "bad-text.png")
+    summary = serve(folder, folder.plan(), InProcessPool(folder), [], retry_failed=True)
+    assert summary.fitted_here == 16, "the one shard that held failures"
+    after = {row["datum_id"]: row for row in open_weights(folder.path).to_arrow().to_pylist()}
+    assert after["bad-text.png"]["status"] != "decode_error"
+    assert after["bad-empty.png"]["status"] == "decode_error"
+    assert after.keys() == before.keys()
+    kept = [name for name in before if name.startswith("good")]
+    assert all(after[name] == before[name] for name in kept)
+    assert folder.uncommitted() == []
+    assert not verify(folder).mismatches
+
+
+def test_a_running_driver_says_so_and_leaves_in_good_order(tmp_path):
+    states = []
+
+    class Looks(Recorder):
+        def on_tick(self):
+            states.append(folder.driver())
+
+    folder, plan = open_run(tiny_job(tmp_path / "run"))
+    serve(folder, plan, InProcessPool(folder), [Looks()])
+    assert states[0]["pid"] == os.getpid()
+    assert folder.driver() is None
+
+
+def test_what_no_commit_names_is_found(tmp_path):
+    folder, _ = encode_in_process(tiny_job(tmp_path / "run"))
+    assert folder.uncommitted() == []
+    left = folder.path / "data" / "shard-00001.deadbeef0000.parquet"
+    left.write_bytes(b"half a fi")
+    temporary = folder.path / "commits" / f".shard-00001.json.{'0' * 32}"
+    temporary.write_bytes(b"{")
+    assert set(folder.uncommitted()) == {left, temporary}
+
+
+def test_a_commit_that_is_no_json_is_named(tmp_path):
+    folder, _ = encode_in_process(tiny_job(tmp_path / "run"))
+    (folder.path / "commits" / "shard-00001.json").write_text("{")
+    with pytest.raises(MismatchError, match=r"shard-00001.json is not a commit .* remove it and _SUCCESS"):
+        folder.commits()
+
+
+def test_a_committed_file_that_is_gone_is_named(tmp_path):
+    folder, _ = encode_in_process(tiny_job(tmp_path / "run"))
+    (folder.path / folder.commits()[1].file).unlink()
+    with pytest.raises(MismatchError, match="is missing, and shard-00001 is committed"):
+        open_weights(folder.path).to_arrow(["quality"])
+    assert any("is missing" in m for m in verify(folder).mismatches)
+
+
+def test_a_run_of_another_format_is_refused(tmp_path):
+    folder, _ = open_run(tiny_job(tmp_path / "run"))
+    path = folder.path / "job.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(CallerError, match="has format 99, this nfscale reads format 1"):
+        open_weights(folder.path)

@@ -7,6 +7,7 @@ import typer
 
 from nfscale.cli.decode import decode
 from nfscale.cli.encode import encode
+from nfscale.cli.gc import gc
 from nfscale.cli.review import review
 from nfscale.cli.status import status
 from nfscale.cli.verify import verify
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (encode, status, decode, verify, review):
+for command in (encode, status, decode, verify, review, gc):
     app.command()(command)
 
 

@@ -28,6 +28,7 @@ def encode(
         list[str] | None, typer.Argument(help="Keys of the job, as section.key=value.", metavar="[KEY=VALUE]...")
     ] = None,
     json_file: JsonOption = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Fit the data that failed anew.")] = False,
 ) -> None:
     """Encode a dataset as neural fields; run again to resume.
 
@@ -37,11 +38,12 @@ def encode(
     job = load_job(job_file, overrides)
     folder, plan = open_run(job, _device())
     started = time.monotonic()
-    if folder.is_complete and folder.report.exists() and (not job.track.enabled or folder.is_tracked):
+    whole = folder.is_complete and folder.report.exists() and (not job.track.enabled or folder.is_tracked)
+    if whole and not (retry_failed and any(commit.failed for commit in folder.commits())):
         summary = totals(folder, Summary(str(folder.path), job.name, was_complete=True))
         console.print(f"{folder.path} is complete; nothing to do")
     else:
-        summary = _encode(job, folder, plan, console)
+        summary = _encode(job, folder, plan, console, retry_failed)
     figures = _figures(folder, summary, job.track.enabled)
     figures["wall_seconds"] = time.monotonic() - started
     write_json(json_file, figures)
@@ -55,7 +57,7 @@ def encode(
         raise typer.Exit(int(ExitCode.TOO_MANY_FAILED))
 
 
-def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console) -> Summary:
+def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console, retry_failed: bool) -> Summary:
     console.print(
         f"{job.name}: {plan.data_count:,} data, fields of {plan.layout.size:,} weights, "
         f"{len(plan.shards())} shards, into {folder.path}"
@@ -71,10 +73,10 @@ def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console) -> 
             for observer in observers:
                 observer.on_start(folder, plan, commits)
             summary = Summary(str(folder.path), job.name, was_complete=folder.is_complete)
-            if not folder.is_complete:
+            if not folder.is_complete or retry_failed:
                 pool = _pool(job, folder)
                 with orderly_termination():  # again: Ray installs a handler of its own when it starts
-                    summary = serve(folder, plan, pool, observers)
+                    summary = serve(folder, plan, pool, observers, retry_failed)
                 display.close()
                 pool.close()
                 pool = None

@@ -1,15 +1,22 @@
 """`nfscale status`: what is committed, in flight, failed and why."""
 
+import statistics
+import time
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+import pyarrow.parquet as pq
 from rich.console import Console
 
 from nfscale.cli.common import JsonOption, RunArgument, percentages, write_json
-from nfscale.store import RunFolder, open_weights
+from nfscale.driver import BEAT_SECONDS
+from nfscale.store import RunFolder
+from nfscale.store.run_folder import Commit
 from nfscale.store.schema import FAILED_STATUSES, STATUS
 
 _REASONS_SHOWN = 20
+_DEAD_AFTER = 6  # signs of life that a driver may miss, on a file system that is slow to show them
 
 
 def status(run: RunArgument, json_file: JsonOption = None) -> None:
@@ -18,33 +25,28 @@ def status(run: RunArgument, json_file: JsonOption = None) -> None:
     Example: `nfscale status runs/digits`
     """
     folder = RunFolder(run)
-    table = open_weights(run)
-    rows = table.to_arrow(["datum_id", "status", "reason"])
-    counts = Counter(rows["status"].to_pylist())
-    failed = rows.filter(STATUS.isin(FAILED_STATUSES))
-    reasons = Counter(zip(failed["status"].to_pylist(), failed["reason"].to_pylist(), strict=True))
-    examples = {}
-    for datum_id, key in zip(
-        failed["datum_id"].to_pylist(),
-        zip(failed["status"].to_pylist(), failed["reason"].to_pylist(), strict=True),
-        strict=True,
-    ):
-        examples.setdefault(key, datum_id)
-    committed = {commit.file for commit in table.commits}
-    attempts = sorted(str(p.relative_to(run)) for p in (run / "data").glob("*.parquet"))
-    uncommitted = [name for name in attempts if name not in committed]
-    quality = table.to_arrow(["quality"])["quality"].drop_null()
+    plan, commits = folder.plan(), folder.commits()
+    counts: Counter[str] = Counter()
+    for commit in commits:
+        counts.update(commit.counts)
+    damaged = [c.shard for c in commits if not (run / c.file).is_file() or (run / c.file).stat().st_size != c.bytes]
+    reasons, examples = _failures(run, [c for c in commits if c.failed and c.shard not in damaged])
+    medians = [c.quality["p50"] for c in commits if c.quality]
+    driver = folder.driver()
     figures = {
         "output": str(run),
-        "name": table.plan.job["name"],
-        "data": table.plan.data_count,
-        "committed": len(rows),
-        "shards": len(table.commits),
+        "name": plan.job["name"],
+        "data": plan.data_count,
+        "committed": sum(counts.values()),
+        "shards": len(commits),
         "complete": folder.is_complete,
+        "state": _state(folder, driver),
+        "driver": driver,
         "counts": dict(counts),
-        "quality_name": table.plan.quality_name,
-        "quality_median": float(np.median(quality)) if len(quality) else None,
-        "uncommitted_files": uncommitted,
+        "quality_name": plan.quality_name,
+        "shard_median_quality": statistics.median(medians) if medians else None,
+        "damaged": damaged,
+        "uncommitted_files": [str(path.relative_to(run)) for path in folder.uncommitted()],
         "failed": [
             {"status": key[0], "reason": key[1], "count": count, "example": examples[key]}
             for key, count in reasons.most_common()
@@ -52,15 +54,47 @@ def status(run: RunArgument, json_file: JsonOption = None) -> None:
     }
     write_json(json_file, figures)
     console = Console(soft_wrap=True, highlight=False)
-    state = "complete" if folder.is_complete else "not complete; the same `nfscale encode` command continues it"
-    share = f"{len(rows):,} of {figures['data']:,} data committed in {figures['shards']} shards"
-    console.print(f"{figures['name']}: {share}, {state}")
+    share = f"{figures['committed']:,} of {figures['data']:,} data committed in {figures['shards']} shards"
+    console.print(f"{figures['name']}: {share}; {figures['state']}")
+    if driver is not None:
+        for worker, shard in driver["in_flight"].items():
+            console.print(f"in flight {shard} on {worker}")
     if counts:
         console.print(f"rows      {percentages(dict(counts))}")
-    if figures["quality_median"] is not None:
-        console.print(f"quality   median {figures['quality_name']} {figures['quality_median']:.2f}")
-    if uncommitted:
-        console.print(f"attempts  {len(uncommitted)} files that no commit names: in flight, or left by killed workers")
+    if figures["shard_median_quality"] is not None:
+        console.print(
+            f"quality   median of the shards' median {plan.quality_name} {figures['shard_median_quality']:.2f}"
+        )
+    if damaged:
+        console.print(f"damaged   {', '.join(damaged[:5])}: files gone or of another size; `nfscale verify` says more")
+    if left := figures["uncommitted_files"]:
+        console.print(
+            f"attempts  {len(left)} files that no commit names; `nfscale gc` removes them once no driver runs"
+        )
     for entry in figures["failed"][:_REASONS_SHOWN]:
         what = f"{entry['count']:,} x {entry['status']}: {entry['reason']} (such as {entry['example']})"
         console.print(f"failed    {what}", markup=False)
+
+
+def _state(folder: RunFolder, driver: dict[str, Any] | None) -> str:
+    """In words: complete, running, killed or stopped."""
+    if driver is not None:
+        age = time.time() - driver["at"]
+        where = f"on {driver['host']}, process {driver['pid']}, last sign of life {age:.0f} s ago"
+        if age < _DEAD_AFTER * BEAT_SECONDS:
+            return f"running {where}"
+        return f"its driver was killed ({where}); the same encode command continues it"
+    return "complete" if folder.is_complete else "stopped; the same encode command continues it"
+
+
+def _failures(run: Path, commits: list[Commit]) -> tuple[Counter, dict[tuple[str, str], str]]:
+    """Failed rows by (status, reason), and an example of each; reads only files that hold some."""
+    reasons: Counter = Counter()
+    examples: dict[tuple[str, str], str] = {}
+    for commit in commits:
+        rows = pq.read_table(run / commit.file, columns=["datum_id", "status", "reason"])
+        for row in rows.filter(STATUS.isin(FAILED_STATUSES)).to_pylist():
+            key = (row["status"], row["reason"])
+            reasons[key] += 1
+            examples.setdefault(key, row["datum_id"])
+    return reasons, examples

@@ -5,6 +5,7 @@
     data/shard-00042.<attempt>.parquet written by one attempt, under a name of its own
     commits/shard-00042.json           put-if-absent: names the one file that counts
     _SUCCESS                           when every datum has a row
+    driver.json                        while a driver runs: where, its last sign of life, what is in flight
     review/                            report and pictures
 
 Readers open only what the commits name, so a killed or late attempt leaves nothing that anyone sees.
@@ -23,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nfscale.errors import CallerError, EncodeError
+from nfscale.errors import CallerError, MismatchError
 from nfscale.layout import Layout
 from nfscale.store import files, schema
 from nfscale.store.schema import LabelType
@@ -38,6 +39,8 @@ class Shard:
     stop: int
     part: str = ""
     """Which half of which half, after bisection: "", "a", "b", "aa", ..."""
+    again: bool = False
+    """It is committed, and the rows in it that failed are to be fitted anew."""
 
     @property
     def name(self) -> str:
@@ -50,8 +53,8 @@ class Shard:
         """The two parts it commits as once it is bisected."""
         middle = (self.start + self.stop) // 2
         return (
-            Shard(self.index, self.start, middle, self.part + "a"),
-            Shard(self.index, middle, self.stop, self.part + "b"),
+            Shard(self.index, self.start, middle, self.part + "a", self.again),
+            Shard(self.index, middle, self.stop, self.part + "b", self.again),
         )
 
 
@@ -263,13 +266,41 @@ class RunFolder:
 
     def commits(self) -> list[Commit]:
         """All commits, in the order of their leases."""
-        found = []
-        for path in sorted((self.path / "commits").glob("shard-*.json")):
-            try:
-                found.append(Commit(**json.loads(path.read_text())))
-            except (ValueError, TypeError) as error:
-                raise EncodeError(f"{path} is not a commit: {error}") from error
+        found = [_read_commit(path) for path in sorted((self.path / "commits").glob("shard-*.json"))]
         return sorted(found, key=lambda commit: commit.order)
+
+    def commit_of(self, shard: Shard) -> Commit | None:
+        """The commit of a shard, if it has one."""
+        path = self.path / "commits" / f"{shard.name}.json"
+        return _read_commit(path) if path.exists() else None
+
+    def recommit(self, commit: Commit) -> None:
+        """Put a commit in the place of the shard's former one: readers see the one or the other."""
+        files.replace(self.path / "commits" / f"{commit.shard}.json", schema.json_bytes(asdict(commit)))
+
+    def uncommitted(self) -> list[Path]:
+        """Files of attempts that no commit names: in flight, lost to another attempt, or left by a kill."""
+        named = {commit.file for commit in self.commits()}
+        found = [*(self.path / "data").glob("*.parquet"), *self.path.rglob(".*.????????????????????????????????")]
+        return sorted(path for path in found if str(path.relative_to(self.path)) not in named)
+
+    # --- the driver
+
+    def beat(self, state: dict[str, Any]) -> None:
+        """Say that a driver is alive, and what is in flight."""
+        files.replace(self.path / "driver.json", schema.json_bytes(state))
+
+    def driver(self) -> dict[str, Any] | None:
+        """What the last driver said, or None if it left in good order."""
+        record = self.path / "driver.json"
+        try:
+            return json.loads(record.read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def driver_left(self) -> None:
+        """Say that the driver is gone in good order."""
+        (self.path / "driver.json").unlink(missing_ok=True)
 
     def finish(self, rows: int) -> None:
         """Mark the run as complete."""
@@ -298,6 +329,15 @@ class RunFolder:
         table = pq.read_table(self.path / "calibration.parquet")
         diagonal = table["diagonal"].combine_chunks().flatten().to_numpy()
         return table["step"].to_numpy(), table["step_rms"].to_numpy(), diagonal.reshape(table.num_rows, -1)
+
+
+def _read_commit(path: Path) -> Commit:
+    try:
+        return Commit(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise MismatchError(
+            f"{path} is not a commit ({error}); remove it and _SUCCESS, and the same encode fits its shard again"
+        ) from error
 
 
 def _differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -113,7 +113,7 @@ class WeightsTable:
             raise CallerError(f"no committed row for {missing[:5]}; ids look like {examples}")
         firsts = np.cumsum([0] + [commit.rows for commit in self.commits])
         by_group: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for order, position in enumerate(positions):
+        for order, position in enumerate(p for p in positions if p is not None):
             file = int(np.searchsorted(firsts, position, side="right")) - 1
             row = int(position - firsts[file])
             by_group.setdefault((file, row // ROW_GROUP_ROWS), []).append((row % ROW_GROUP_ROWS, order))

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from nfscale.encode import Progress
 from nfscale.store.history import quality_quantiles
 from nfscale.store.run_folder import Commit, Plan, RunFolder
+from nfscale.store.schema import OK_STATUSES, STATUS
 from nfscale.store.table import WeightsTable
 
 _BATCH = 1000  # metrics that MLflow takes in one call
@@ -247,8 +248,8 @@ class _Projection:
 
     def _per_datum(self, commit: Commit) -> Iterator[tuple[str, int, float]]:
         columns = ["index", "quality", "steps", "steps_to_target"]
-        table = pq.read_table(self.folder.path / commit.file, columns=columns)
-        for row in table.to_pylist():
+        table = pq.read_table(self.folder.path / commit.file, columns=[*columns, "status"])
+        for row in table.filter(STATUS.isin(OK_STATUSES)).to_pylist():  # a failed row may be fitted anew
             for name in columns[1:]:
                 if row[name] is not None and np.isfinite(row[name]):
                     yield f"datum/{name}", row["index"], float(row[name])
@@ -307,8 +308,8 @@ class _Projection:
         name = f"nfscale-{self.plan.job['name']}"
         columns: list[Any] = [ColSpec("string", "datum_id")]
         columns += [ColSpec("long", side, required=False) for side in ("height", "width")]
-        mlflow.set_tracking_uri(tracking_uri(self.folder))
-        with mlflow.start_run(run_id=self.run_id), warnings.catch_warnings():
+        here = _tracking_uri_for_now(tracking_uri(self.folder))
+        with here, mlflow.start_run(run_id=self.run_id), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice to add type hints to predict
             logged = mlflow.pyfunc.log_model(
                 name="decoder",
@@ -317,10 +318,23 @@ class _Projection:
                 signature=ModelSignature(Schema(columns)),
                 pip_requirements=["nfscale"],  # inferring them starts pip and takes seconds
             )
-        with contextlib.suppress(MlflowException):  # it exists: this is another version of it
-            self.client.create_registered_model(name)
-        self.client.create_model_version(name, source=logged.model_uri, run_id=self.run_id)
+            with contextlib.suppress(MlflowException):  # it exists: this is another version of it
+                self.client.create_registered_model(name)
+            self.client.create_model_version(name, source=logged.model_uri, run_id=self.run_id)
         self.client.set_tag(self.run_id, _MODEL_TAG, name)
+
+
+@contextlib.contextmanager
+def _tracking_uri_for_now(uri: str) -> Iterator[None]:
+    """MLflow's own functions look for a store that is set for the whole process: set it, and set it back."""
+    import mlflow
+
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before or None)  # type: ignore[arg-type] (None unsets it)
 
 
 def _migrated_store(path: Path) -> None:

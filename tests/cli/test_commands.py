@@ -25,6 +25,7 @@ def home(tmp_path_factory):
     (home / "job.yaml").write_text(yaml.safe_dump(tiny_settings(home / "runs" / "tiny")))
     done = nfscale("encode", home / "job.yaml", "--json", home / "encode.json", cwd=home)
     assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "no warnings, of whatever library"
     (home / "encode.txt").write_text(done.stdout)
     return home
 
@@ -38,7 +39,7 @@ def test_encode_prints_figures_and_where_to_look(home):
     assert "runs/tiny/review/report.html" in printed
     assert "mlruns.db" in printed
     assert figures["fields"] == figures["fitted_here"] == 48
-    assert sorted(p.name for p in home.iterdir() if p.is_dir()) == ["runs"], "nothing appears in the current folder"
+    assert sorted(p.name for p in home.iterdir()) == ["encode.json", "encode.txt", "job.yaml", "runs"], "and no more"
     assert sorted(p.name for p in (home / "runs").iterdir()) == ["mlartifacts", "mlruns.db", "tiny"]
 
 
@@ -53,7 +54,7 @@ def test_encode_on_a_finished_run_does_nothing(home):
 def test_status_verify_and_decode(home):
     run = home / "runs" / "tiny"
     status = nfscale("status", run, "--json", home / "status.json")
-    assert "48 of 48 data committed in 3 shards, complete" in status.stdout
+    assert "48 of 48 data committed in 3 shards; complete" in status.stdout
     assert json.loads((home / "status.json").read_text())["committed"] == 48
     verify = nfscale("verify", run, "--json", home / "verify.json")
     assert verify.returncode == 0
@@ -68,6 +69,34 @@ def test_status_verify_and_decode(home):
         assert decoded.size == (40, 24)
     assert nfscale("decode", run, "--id", some, "-o", home / "d.npy").returncode == 0
     assert np.load(home / "d.npy").shape == (8, 8, 1)
+
+
+def test_status_says_in_which_state_a_run_is(home, tmp_path):
+    import shutil
+    import time
+
+    run = tmp_path / "copy"
+    shutil.copytree(home / "runs" / "tiny", run)
+    (run / "_SUCCESS").unlink()
+    (run / "commits" / "shard-00001.json").unlink()
+    assert (
+        "32 of 48 data committed in 2 shards; stopped; the same encode command continues it"
+        in nfscale("status", run).stdout
+    )
+    alive = {"host": "elsewhere", "pid": 7, "at": time.time(), "in_flight": {"worker-0": "shard-00001"}}
+    (run / "driver.json").write_text(json.dumps(alive))
+    running = nfscale("status", run).stdout
+    assert "running on elsewhere, process 7" in running
+    assert "in flight shard-00001 on worker-0" in running
+    assert nfscale("gc", run).returncode == 2, "the attempts of a running driver look like leftovers"
+    (run / "driver.json").write_text(json.dumps(alive | {"at": time.time() - 3600}))
+    assert "its driver was killed" in nfscale("status", run).stdout
+    assert len(list((run / "data").iterdir())) == 3
+    assert "1 files" in nfscale("gc", run, "--dry-run").stdout
+    assert nfscale("gc", run).returncode == 0
+    assert len(list((run / "data").iterdir())) == 2
+    next((run / "data").iterdir()).unlink()
+    assert "damaged" in nfscale("status", run).stdout
 
 
 def test_verify_exits_with_5_where_a_byte_is_wrong(home, tmp_path):
@@ -147,7 +176,7 @@ def test_a_folder_of_unreadable_images_is_exit_2_and_nothing_is_written(tmp_path
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", ["encode", "status", "decode", "verify", "review"])
+@pytest.mark.parametrize("command", ["encode", "status", "decode", "verify", "review", "gc"])
 def test_every_command_has_help_with_an_example(command):
     shown = nfscale(command, "--help")
     assert shown.returncode == 0

@@ -1,5 +1,6 @@
 """The MLflow run, read back with MlflowClient: it holds what the table holds, once, however often it is written."""
 
+import os
 import socket
 
 import numpy as np
@@ -104,7 +105,7 @@ def test_writing_it_again_doubles_nothing(tracked):
 
 
 @pytest.mark.filterwarnings("ignore:.*type hints:UserWarning")
-def test_the_review_and_a_model_that_decodes_are_artifacts_of_the_run(tracked):
+def test_the_review_and_a_model_that_decodes_are_artifacts_of_the_run(tracked, monkeypatch):
     folder, run_id = tracked
     make_report(folder)
     for _ in range(2):
@@ -117,7 +118,8 @@ def test_the_review_and_a_model_that_decodes_are_artifacts_of_the_run(tracked):
     assert {"review/report.html", "review/convergence.parquet", "review/worst.csv"} <= names
     assert "review/worst-median-best.png" in names
     (version,) = client_of(folder).search_model_versions("name='nfscale-tiny'")
-    mlflow.set_tracking_uri(tracking_uri(folder))
+    assert "MLFLOW_TRACKING_URI" not in os.environ, "the store of one run must not become that of the next"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(folder))
     model = mlflow.pyfunc.load_model(f"models:/nfscale-tiny/{version.version}")
     table = open_weights(folder.path)
     ids = table.to_arrow(["datum_id"])["datum_id"].to_pylist()[:2]
