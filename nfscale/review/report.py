@@ -6,7 +6,7 @@ photographs of at most `_CANVASES`; the rest is columns without weights.
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files as resources
 from typing import Any
@@ -19,11 +19,10 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
 from nfscale.datasets import Dataset, Datum
-from nfscale.datasets.base import seeded_sample
 from nfscale.encode import OpenRun
 from nfscale.review import figures, pictures
 from nfscale.store import files
-from nfscale.store.history import quality_quantiles
+from nfscale.store.history import quality_quantiles, sampled_histories
 from nfscale.store.run_folder import RunFolder
 from nfscale.store.schema import FAILED_STATUSES, STATUS, json_bytes
 from nfscale.store.table import WeightsTable
@@ -55,16 +54,15 @@ def make_report(folder: RunFolder) -> dict[str, Any]:
         EncodeError: if the dataset is no longer the one that was encoded.
     """
     run, table = OpenRun(folder), WeightsTable(folder)
-    columns = [name for name in table.schema.names if name != "weights"]
-    rows = table.to_arrow(columns)
-    files.replace(folder.convergence, _parquet(rows))
+    rows = table.to_arrow(["datum_id", "index", "label", "status", "reason", "quality", "steps"])
+    _write_convergence(table)
     files.replace(folder.convergence.with_name("worst.csv"), _worst_csv(rows))
     summary = _summary(run, table, rows)
     context: dict[str, Any] = {"summary": summary, "run": run, "job": json.dumps(run.plan.job, indent=1)}
     context["unit"] = unit = _unit(run.plan.quality_name)
     quality = rows["quality"].drop_null().to_numpy()
     if len(quality):
-        steps, *bands = quality_quantiles(rows["history_step"], rows["history_quality"], [5, 25, 50, 75, 95])
+        steps, *bands = quality_quantiles(sampled_histories(table), [5, 25, 50, 75, 95])
         context["histogram"] = figures.histogram(quality, run.job.fit.target, unit)
         context["convergence"] = figures.convergence(steps, bands, run.job.fit.target, unit)
         context |= _galleries(run, table, rows)
@@ -104,56 +102,58 @@ def _summary(run: OpenRun, table: WeightsTable, rows: pa.Table) -> dict[str, Any
 
 
 def _galleries(run: OpenRun, table: WeightsTable, rows: pa.Table) -> dict[str, Any]:
-    fitted = rows.filter(pc.field("quality").is_valid()).sort_by([("quality", "ascending")])
-    ids = fitted["datum_id"].to_pylist()
-    middle = max(0, len(ids) // 2 - _ROW // 2)
-    chosen = {"worst": ids[:_ROW], "median": ids[middle : middle + _ROW], "best": ids[::-1][:_ROW]}
-    shown = _Shown(run, table, fitted)
-    drawn = {name: shown.pictures(datum_ids) for name, datum_ids in chosen.items()}
+    fitted = rows.select(["datum_id", "quality"]).filter(pc.field("quality").is_valid()).sort_by("quality")
+    middle = max(0, len(fitted) // 2 - _ROW // 2)
+    count = len(fitted)
+    ends = {"worst": range(min(_ROW, count)), "best": range(count - 1, max(-1, count - 1 - _ROW), -1)}
+    chosen = {"worst": ends["worst"], "median": range(middle, min(middle + _ROW, count)), "best": ends["best"]}
+    shown = _Shown(run, table)
+    drawn = {name: shown.pictures(fitted["datum_id"].take(list(at)).to_pylist()) for name, at in chosen.items()}
     galleries = [(name, [_figure(picture) for picture in found]) for name, found in drawn.items()]
     everyone = [picture for found in drawn.values() for picture in found]
     if everyone:
         cells = [side for picture in everyone for side in _sides(picture)]
         sheet = pictures.encoded(pictures.grid(cells, columns=3 * _ROW), "PNG")
         files.replace(run.folder.report.with_name("worst-median-best.png"), sheet)
-    return {"galleries": galleries, "mosaic": shown.mosaic(ids), "canvases": shown.canvases(ids)}
+    place = _place_of(run.dataset)
+    if place is not None:
+        return {
+            "galleries": galleries,
+            "mosaic": None,
+            "canvases": shown.canvases(fitted["datum_id"].to_pylist(), place),
+        }
+    sample = np.random.default_rng(run.job.seed).permutation(count)[:_MOSAIC]
+    mosaic = shown.mosaic(sorted(fitted["datum_id"].take(sample).to_pylist()))
+    return {"galleries": galleries, "mosaic": mosaic, "canvases": []}
 
 
 class _Shown:
     """Originals and reconstructions by id."""
 
-    def __init__(self, run: OpenRun, table: WeightsTable, fitted: pa.Table) -> None:
+    def __init__(self, run: OpenRun, table: WeightsTable) -> None:
         self.run, self.table = run, table
-        self.position = {datum_id: position for position, datum_id in enumerate(run.dataset.ids)}
-        self.quality = dict(zip(fitted["datum_id"].to_pylist(), fitted["quality"].to_pylist(), strict=True))
-        metrics = fitted["metrics"].to_pylist()
-        self.shape = {
-            datum_id: run.signal.shape_of(dict(m))
-            for datum_id, m in zip(fitted["datum_id"].to_pylist(), metrics, strict=True)
-        }
 
     def pictures(self, ids: Sequence[str]) -> list[_Picture]:
         """Pictures of these data; one that cannot be read any more is left out."""
-        by_shape: dict[tuple[int, ...], list[Datum]] = {}
-        for datum_id in ids:
-            datum = self.run.dataset.read(self.position[datum_id])
+        if not ids:
+            return []
+        rows = self.table.rows(ids).select(["datum_id", "quality", "metrics"]).to_pylist()
+        by_shape: dict[tuple[int, ...], list[tuple[Datum, float]]] = {}
+        for row, position in zip(rows, self.table.dataset_positions(ids), strict=True):
+            datum = self.run.dataset.read(position)
             if datum.array is not None:
-                by_shape.setdefault(self.shape[datum_id], []).append(datum)
+                by_shape.setdefault(self.run.signal.shape_of(dict(row["metrics"])), []).append((datum, row["quality"]))
         found = {}
         for shape, data in by_shape.items():
-            rebuilt = self.table.decode([datum.id for datum in data], shape)
-            for datum, image in zip(data, rebuilt, strict=True):
+            rebuilt = self.table.decode([datum.id for datum, _ in data], shape)
+            for (datum, quality), image in zip(data, rebuilt, strict=True):
                 assert datum.array is not None
-                original = self.run.signal.original(datum.array)
-                found[datum.id] = _Picture(datum.id, self.quality[datum.id], original, image)
+                found[datum.id] = _Picture(datum.id, quality, self.run.signal.original(datum.array), image)
         return [found[datum_id] for datum_id in ids if datum_id in found]
 
     def mosaic(self, ids: list[str]) -> dict[str, Any] | None:
-        """A seeded sample, originals beside reconstructions; None where the data assemble to whole pictures."""
-        if _place_of(self.run.dataset) is not None:
-            return None
-        sample = sorted(ids[p] for p in seeded_sample(ids, _MOSAIC, self.run.job.seed, "mosaic"))
-        drawn = self.pictures(sample)
+        """These data, originals beside reconstructions."""
+        drawn = self.pictures(ids)
         if not drawn:
             return None
         sheets = [
@@ -166,11 +166,8 @@ class _Shown:
             files.replace(self.run.folder.report.with_name(f"{side}.png"), picture)
         return {"original": pictures.data_uri(shown[0], "png"), "rebuilt": pictures.data_uri(shown[1], "png")}
 
-    def canvases(self, ids: list[str]) -> list[dict[str, Any]]:
-        """Whole pictures put together from their tiles, where the dataset says which tile belongs where."""
-        place = _place_of(self.run.dataset)
-        if place is None:
-            return []
+    def canvases(self, ids: list[str], place: Callable[[str], tuple[str, int, int]]) -> list[dict[str, Any]]:
+        """Whole pictures put together from their tiles, as the dataset says which belongs where."""
         groups: dict[str, dict[tuple[int, int], str]] = {}
         for datum_id in ids:
             name, row, column = place(datum_id)
@@ -228,10 +225,15 @@ def _unit(quality_name: str) -> str:
     return {"psnr_db": "PSNR, dB"}.get(quality_name, quality_name)
 
 
-def _parquet(rows: pa.Table) -> bytes:
-    buffer = pa.BufferOutputStream()
-    pq.write_table(rows, buffer, compression="zstd")
-    return buffer.getvalue().to_pybytes()
+def _write_convergence(table: WeightsTable) -> None:
+    """`convergence.parquet`: every column but the weights, file by file, so that memory stays bounded."""
+    columns = [name for name in table.schema.names if name != "weights"]
+    schema = table.schema.empty_table().select(columns).schema
+    path = table.folder.convergence
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.appearing_whole(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for commit in sorted(table.commits, key=lambda commit: commit.start):
+            writer.write_table(pq.read_table(table.file_of(commit), columns=columns).cast(schema))
 
 
 def _worst_csv(rows: pa.Table) -> bytes:

@@ -4,9 +4,11 @@ A local link or rename is atomic; a write is not. Every file of a run folder is 
 name of its own, flushed to the disk, and only then given the name that others look for.
 """
 
+import contextlib
 import hashlib
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -25,6 +27,17 @@ def put_if_absent(path: Path, content: bytes) -> bool:
 def replace(path: Path, content: bytes) -> None:
     """Create a file or replace it; a reader sees the old content or the new."""
     _written(path, content).replace(path)
+
+
+@contextlib.contextmanager
+def appearing_whole(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, which becomes `path` when the block ends well."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _written(path: Path, content: bytes) -> Path:

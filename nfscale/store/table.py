@@ -78,7 +78,7 @@ class WeightsTable:
 
     def dataset(self) -> pds.FileSystemDataset:
         """The committed files as a pyarrow dataset: filters and columns are pushed down."""
-        files = [str(self._file(commit)) for commit in self.commits]
+        files = [str(self.file_of(commit)) for commit in self.commits]
         return pds.dataset(files, schema=self.schema, format="parquet")  # type: ignore[return-value]
 
     def to_arrow(self, columns: Sequence[str] | None = None, filter: pc.Expression | None = None) -> pa.Table:
@@ -111,11 +111,9 @@ class WeightsTable:
         if missing := [key for key, position in zip(keys, positions, strict=True) if position is None]:
             examples = self._keys["datum_id"].slice(0, 3).to_pylist()
             raise CallerError(f"no committed row for {missing[:5]}; ids look like {examples}")
-        firsts = np.cumsum([0] + [commit.rows for commit in self.commits])
         by_group: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for order, position in enumerate(p for p in positions if p is not None):
-            file = int(np.searchsorted(firsts, position, side="right")) - 1
-            row = int(position - firsts[file])
+            file, row = self._split(position)
             by_group.setdefault((file, row // ROW_GROUP_ROWS), []).append((row % ROW_GROUP_ROWS, order))
         parts, orders = [self.schema.empty_table()], []
         for (file, group), wanted in sorted(by_group.items()):
@@ -127,7 +125,7 @@ class WeightsTable:
     @cached_property
     def _keys(self) -> pa.Table:
         """Ids and indices of all rows, in the order of the commits and of the rows in their files."""
-        parts = [pq.read_table(self._file(commit), columns=["datum_id", "index"]) for commit in self.commits]
+        parts = [pq.read_table(self.file_of(commit), columns=["datum_id", "index"]) for commit in self.commits]
         empty = self.schema.empty_table().select(["datum_id", "index"])
         return pa.concat_tables([empty, *(part.cast(empty.schema) for part in parts)]).combine_chunks()
 
@@ -144,7 +142,22 @@ class WeightsTable:
                     found[order] = place
         return found
 
-    def _file(self, commit: Commit) -> Path:
+    @cached_property
+    def _firsts(self) -> np.ndarray:
+        """Where the rows of each commit begin in `_keys`."""
+        return np.cumsum([0] + [commit.rows for commit in self.commits])
+
+    def _split(self, position: int) -> tuple[int, int]:
+        """A position in `_keys` as (commit, row in its file)."""
+        file = int(np.searchsorted(self._firsts, position, side="right")) - 1
+        return file, position - int(self._firsts[file])
+
+    def dataset_positions(self, keys: Sequence[DatumKey]) -> list[int]:
+        """Where these data are in the dataset that was encoded: rows lie in its order within a shard."""
+        splits = [self._split(position) for position in self._positions(keys) if position is not None]
+        return [self.commits[file].start + row for file, row in splits]
+
+    def file_of(self, commit: Commit) -> Path:
         """The file that a commit names.
 
         Raises:

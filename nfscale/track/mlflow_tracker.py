@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from nfscale.encode import Progress
-from nfscale.store.history import quality_quantiles
+from nfscale.store.history import quality_quantiles, sampled_histories
 from nfscale.store.run_folder import Commit, Plan, RunFolder
 from nfscale.store.schema import OK_STATUSES, STATUS
 from nfscale.store.table import WeightsTable
@@ -273,12 +273,12 @@ class _Projection:
         for commit in commits:
             counts.update(commit.counts)
         points = [(f"count/{name}", float(count), 0) for name, count in counts.items()]
-        table = WeightsTable(self.folder).to_arrow(["quality", "history_step", "history_quality"])
-        quality = table["quality"].drop_null().to_numpy()
+        table = WeightsTable(self.folder)
+        quality = table.to_arrow(["quality"])["quality"].drop_null().to_numpy()
         if len(quality):
             points += [(f"quality/{name}", float(np.percentile(quality, q)), 0) for name, q in _PERCENTILES.items()]
             points.append(("quality/mean", float(quality.mean()), 0))
-        curves = quality_quantiles(table["history_step"], table["history_quality"], list(_PERCENTILES.values()))
+        curves = quality_quantiles(sampled_histories(table), list(_PERCENTILES.values()))
         for step, *values in zip(*curves, strict=True):
             points += [
                 (f"convergence/quality_{name}", float(value), int(step))

@@ -57,9 +57,8 @@ def test_tiles_are_put_together_to_whole_pictures(tmp_path):
 
 
 def test_quantiles_carry_the_best_quality_of_a_field_that_has_stopped():
-    steps = pa.chunked_array([[[0, 10], [0, 10, 20]]])
-    quality = pa.chunked_array([[[1.0, 5.0], [2.0, 9.0, 7.0]]])
-    grid, median = quality_quantiles(steps, quality, [50])
+    histories = pa.table({"history_step": [[0, 10], [0, 10, 20]], "history_quality": [[1.0, 5.0], [2.0, 9.0, 7.0]]})
+    grid, median = quality_quantiles(histories, [50])
     assert grid.tolist() == [0, 10, 20]
     assert median.tolist() == [1.5, 7.0, 7.0]
 
