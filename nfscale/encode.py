@@ -326,6 +326,8 @@ def _fitted(run: OpenRun, shard: Shard, attempt: str, rows: dict[str, Row], know
             else:
                 assert datum.array is not None
                 row.metrics = run.signal.measures(datum.array)
+                if datum.repeat:
+                    row.metrics["repeat"] = float(datum.repeat)
                 yield datum.id, prepared
 
     job = run.job

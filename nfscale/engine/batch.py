@@ -82,6 +82,21 @@ class Batch:
         assert slot is not None, f"slot {index} is empty"
         return slot
 
+    def data(self) -> list[tuple[str, Samples]]:
+        """The data in the occupied slots, as they were put in."""
+        mask = self.samples.mask
+        return [
+            (
+                self.slot(index).id,
+                Samples(
+                    self.samples.coordinates[index].cpu(),
+                    self.samples.values[index].cpu(),
+                    None if mask is None else mask[index].cpu(),
+                ),
+            )
+            for index in self.occupied
+        ]
+
     def picked(self, indices: list[int]) -> tuple[Tensor, Samples]:
         """Rows and samples of these slots; without a copy where these are all slots in order."""
         if indices == list(range(len(self.slots))):

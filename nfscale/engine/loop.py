@@ -69,7 +69,7 @@ def fit(
             a tensor [P] is the shared start itself.
         samples: how many of a field's samples enter a step.
         calibration: curvature shared by the fields, for optimisers that need it.
-        batch: slots; "auto" chooses by the memory a field takes.
+        batch: slots; "auto" chooses by the memory a field takes. Halved where that turns out to be too many.
         clock: seconds, for `wall_seconds`; without one they stay 0.
         observe: called after each check.
 
@@ -140,6 +140,11 @@ class _Kind:
         return cls(len(samples.values), samples.mask is not None)
 
 
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """On a GPU torch has a class for it, on a CPU only the words of its allocator."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 class _Queue:
     """Data that wait for a slot, by kind; reads ahead only as far as it must."""
 
@@ -160,6 +165,10 @@ class _Queue:
         if not any(self._waiting.values()) and not self._read():
             return None
         return max(self._waiting, key=lambda kind: len(self._waiting[kind]))
+
+    def put_back(self, kind: _Kind, data: list[tuple[str, Samples]]) -> None:
+        """Data that were taken and go to the head of the line again."""
+        self._waiting[kind].extendleft(reversed(data))
 
     def take(self, kind: _Kind, lookahead: int) -> tuple[str, Samples] | None:
         """The next datum of this kind, passing over at most `lookahead` data of other kinds."""
@@ -202,10 +211,18 @@ class _Loop:
         self._look(batch, batch.occupied)
         while batch.occupied:
             before, active = self.clock(), batch.occupied
-            batch.advance(self.stop.cadence)
-            for index in active:
-                batch.slot(index).step += self.stop.cadence
-            measured = self._look(batch, active)
+            try:
+                measured = self._advance(batch, active)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error) or len(batch.slots) <= MINIMUM_SLOTS:
+                    raise
+                # Fields begin again: their numbers are keyed by their own steps, so they end as they would have.
+                capacity = len(batch.slots) // 2
+                queue.put_back(kind, batch.data())
+                del batch
+                batch = self._new_batch(queue, kind, sampler, capacity)
+                self._look(batch, batch.occupied)
+                continue
             share = (self.clock() - before) / len(active)
             for index in active:
                 batch.slot(index).wall_seconds += share
@@ -223,6 +240,13 @@ class _Loop:
             fresh += self._refill(batch, queue, kind, capacity)
             self._look(batch, fresh)
             self._compact(batch)
+
+    def _advance(self, batch: Batch, active: list[int]) -> dict[int, tuple[float, float]]:
+        """To the next check: loss and quality of the active slots there."""
+        batch.advance(self.stop.cadence)
+        for index in active:
+            batch.slot(index).step += self.stop.cadence
+        return self._look(batch, active)
 
     def _start_row(self, datum_id: str) -> Tensor:
         """Where a field starts: [P]."""

@@ -89,9 +89,15 @@ class WeightsTable:
         """
         if unknown := set(columns or ()) - set(self.schema.names):
             raise CallerError(f"unknown columns {sorted(unknown)}; the table has {', '.join(self.schema.names)}")
-        wanted = None if columns is None else list(dict.fromkeys([*columns, "index"]))
-        table = self.dataset().to_table(columns=wanted, filter=filter).sort_by("index")
-        return table if columns is None else table.select(list(columns))
+        wanted = list(columns or self.schema.names)
+        read = list(dict.fromkeys([*wanted, "index"]))
+        if filter is not None:
+            return self.dataset().to_table(columns=read, filter=filter).sort_by("index").select(wanted)
+        schema = self.schema.empty_table().select(read).schema
+        # File by file, in the order of the dataset: a scanner that reads ahead takes several times the memory.
+        ordered = sorted(self.commits, key=lambda commit: commit.start)
+        parts = [pq.read_table(self.file_of(commit), columns=read).cast(schema) for commit in ordered]
+        return pa.concat_tables([schema.empty_table(), *parts]).select(wanted)
 
     def weights(self, filter: pc.Expression | None = None) -> np.ndarray:
         """The weights alone, sorted by `index`: float32 [rows, P]."""

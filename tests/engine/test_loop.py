@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nfscale.engine import Calibration, Check, Fitted, Result, Stop, calibrate, fit
+from nfscale.engine.batch import Batch
 from nfscale.engine.step import evaluate, field_chunks
 from nfscale.fields import MLP, theta0_of
 from nfscale.optim import ESGD, Adam, Extra, Schedule
@@ -582,3 +583,32 @@ def test_a_check_must_fall_on_an_update_of_the_fields_own_curvature():
 def test_a_stop_has_at_least_one_step_and_checks(change):
     with pytest.raises(ValueError, match="is at least 1, got 0"):
         Stop(**({"max_steps": 10} | change))
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(monkeypatch):
+    """Results are those of a machine with more memory, bit for bit."""
+    data = data_of(9)
+    expected = fitted(data, ADAM, 11)
+    advance, sizes = Batch.advance, []
+
+    def cramped(batch, count):
+        sizes.append(len(batch.slots))
+        if len(batch.slots) > 3:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
+        advance(batch, count)
+
+    monkeypatch.setattr(Batch, "advance", cramped)
+    found = fitted(data, ADAM, 11)
+    assert sizes[:3] == [9, 4, 2]
+    assert found.keys() == expected.keys()
+    for datum_id, result in expected.items():
+        assert_same_bits(found[datum_id], result)
+
+
+def test_another_error_of_a_batch_is_not_taken_for_a_lack_of_memory(monkeypatch):
+    def broken(batch, count):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(Batch, "advance", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        fitted(DATA, ADAM, 11)
