@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from nfscale.datasets import DATASETS
-from nfscale.datasets.base import Dataset, Opener, open_limited
+from nfscale.datasets.base import Dataset, Opener, Repeated, open_limited
 from nfscale.engine.result import Stop
 from nfscale.errors import CallerError
 from nfscale.fields import FIELDS
@@ -49,6 +49,8 @@ class DatasetSection(_Section):
 
     limit: PositiveInt | None = None
     """A seeded sample of this many data, spread over the dataset."""
+    repeats: PositiveInt = 1
+    """Fields of each datum (after `limit`), each from a seed of its own: ids ID, ID#1, ID#2, ..."""
 
     def opener(self) -> Opener:
         """The opener this section describes."""
@@ -196,8 +198,9 @@ class EncodeJob(_Section):
         return getattr(self.optimizer, "curvature", None) == "shared"
 
     def open_dataset(self) -> Dataset:
-        """The dataset with its limit applied."""
-        return open_limited(self.dataset.opener(), self.dataset.limit, self.seed)
+        """The dataset with its limit and its repeats applied."""
+        dataset = open_limited(self.dataset.opener(), self.dataset.limit, self.seed)
+        return dataset if self.dataset.repeats == 1 else Repeated(dataset, self.dataset.repeats)
 
     def build_signal(self, channels: int) -> Any:
         """The signal for fields of this many channels."""

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nfscale.datasets import DATASETS
 from nfscale.errors import CallerError
 from nfscale.job import load_job
 from nfscale.optim import ESGD, Adam
@@ -27,7 +28,7 @@ def test_every_job_that_ships_is_valid(path):
         ("fit.max_step=3", "unknown key fit.max_step; accepted: max_steps, target, samples"),
         ("optimizer.momentum=3", "unknown key optimizer.momentum; accepted: learning_rate, schedule, kind, curvature"),
         ("signal.kind=imge", "unknown signal 'imge'; known kinds of signal: image"),
-        ("dataset.kind=cifar", "unknown dataset 'cifar'; known kinds of dataset: digits, folder, photos"),
+        ("dataset.kind=cifar", f"unknown dataset 'cifar'; known kinds of dataset: {', '.join(sorted(DATASETS))}"),
         ("fit.max_steps=many", "fit.max_steps: input should be a valid integer"),
         ("fit.samples=-3", "fit.samples: input should be greater than 0 or 'full', got -3"),
         ("fit.max_steps=75", "max_steps=75 is not a multiple of check_every=20; use max_steps=60 or 80"),

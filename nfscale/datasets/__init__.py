@@ -7,9 +7,29 @@ and one line in `DATASETS`.
 
 from nfscale.datasets.base import Dataset, Datum, Opener, Subset, seeded_sample
 from nfscale.datasets.digits import Digits
+from nfscale.datasets.emoji import Emoji
+from nfscale.datasets.fashion_mnist import FashionMnist
 from nfscale.datasets.folder import Folder
+from nfscale.datasets.function import Function
+from nfscale.datasets.hf import HuggingFace
+from nfscale.datasets.mnist import Mnist
+from nfscale.datasets.npz import Npz
 from nfscale.datasets.photos import Photos
+from nfscale.datasets.table import Table
+from nfscale.datasets.webdataset import WebDataset
 
-DATASETS: dict[str, type] = {"digits": Digits, "folder": Folder, "photos": Photos}
+DATASETS: dict[str, type] = {
+    "digits": Digits,
+    "emoji": Emoji,
+    "fashion_mnist": FashionMnist,
+    "folder": Folder,
+    "function": Function,
+    "hf": HuggingFace,
+    "mnist": Mnist,
+    "npz": Npz,
+    "photos": Photos,
+    "table": Table,
+    "webdataset": WebDataset,
+}
 
 __all__ = ["DATASETS", "Dataset", "Datum", "Opener", "Subset", "seeded_sample"]

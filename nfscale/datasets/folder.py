@@ -1,24 +1,44 @@
-"""Anyone's images in a folder: ids are the paths below it, labels optionally the names of the parents.
+"""Anyone's images in a folder: ids are the paths below it, labels optionally the parents' or a CSV's.
 
-Inputs are hostile: an image that cannot be read is a datum with a reason, and one that claims more
-pixels than `MAX_PIXELS` is refused before it is decoded (decompression bombs).
+Inputs are hostile, and each bad file is a datum with a reason:
+
+- Damaged files make a decoder raise anything at all, so whatever it raises is caught.
+- One that claims more pixels than `MAX_PIXELS` is refused before it is decoded (decompression bombs).
+- Only raster formats are tried: others would start an interpreter (EPS runs Ghostscript), whatever the name says.
+- Opening a pipe would wait forever, and a link may lead to anything; so only regular files inside the folder are read.
+- Names are bytes. In ids, what is no UTF-8 or what a terminal would obey is escaped.
 """
 
+import os
+import re
+import stat
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Literal
+from functools import cache, cached_property
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from nfscale.datasets.base import Dataset, Datum, require
+from nfscale.datasets.base import Dataset, Datum, Label, require
+from nfscale.datasets.labels import labels_of_csv
 
 MAX_PIXELS = 64 << 20
 """64 Mi pixels: a full-batch coordinate table of more would not fit where the engine runs."""
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm"}
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "AVIF", "JPEG2000", "QOI")
+_EXIF_ORIENTATION = 0x0112
+_ESCAPED = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
 
 
 @dataclass(frozen=True)
@@ -27,64 +47,179 @@ class Folder:
 
     path: str
     pattern: str | None = None
-    label_from: Literal["parent"] | None = None
+    label_from: str | None = None
+    """`parent`: the name of the folder that a file lies in. Otherwise the path of a CSV with a header and the
+    columns `id` (the path below the folder), `label` and optionally `split`."""
 
     def open(self) -> "FolderDataset":
         root = Path(self.path)
         require(root.is_dir(), f"dataset.path: no folder {self.path!r}; it is looked up from {Path.cwd()}")
+        if self.pattern is not None:
+            parts = PurePath(self.pattern).parts
+            require(
+                bool(parts) and ".." not in parts and not PurePath(self.pattern).is_absolute(),
+                f"dataset.pattern: {self.pattern!r} leads out of the folder; write one that goes down from "
+                "dataset.path, such as **/*.png",
+            )
+            require(
+                all("**" not in part or part == "**" for part in parts),
+                f"dataset.pattern: in {self.pattern!r} a ** is not a whole part; write **/*.png for all folders",
+            )
         dataset = FolderDataset(root, self.pattern, self.label_from)
-        wanted = f"match {self.pattern!r}" if self.pattern else f"end in one of {' '.join(sorted(_SUFFIXES))}"
+        wanted = f"match {self.pattern!r}" if self.pattern else f"end in one of {' '.join(sorted(IMAGE_SUFFIXES))}"
         require(bool(dataset.ids), f"dataset.path: no files below {self.path!r} {wanted}")
+        if self.label_from not in (None, "parent"):
+            dataset.labels = labels_of_csv(self.label_from, dataset.ids, dataset.has_file)
         return dataset
 
 
 class FolderDataset(Dataset):
+    """Whatever matches is a datum, but for folders: a link that leads nowhere or a pipe is one with a reason."""
+
     def __init__(self, root: Path, pattern: str | None, label_from: str | None) -> None:
         self.root, self.pattern, self.label_from = root, pattern, label_from
+        self.labels: dict[str, tuple[Label, str | None]] = {}
+
+    @cached_property
+    def _names(self) -> list[str]:
+        """Paths below the root as the file system has them."""
+        found = self.root.glob(self.pattern or "**/*")
+        if self.pattern is None:
+            found = (path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
+        return sorted(path.relative_to(self.root).as_posix() for path in found if not os.path.isdir(path))
 
     @cached_property
     def ids(self) -> Sequence[str]:
-        found = (path for path in self.root.glob(self.pattern or "**/*") if path.is_file())
-        if self.pattern is None:
-            found = (path for path in found if path.suffix.lower() in _SUFFIXES)
-        return sorted(path.relative_to(self.root).as_posix() for path in found)
+        return [escaped(name) for name in self._names]
+
+    @cached_property
+    def _real_root(self) -> str:
+        return os.path.realpath(self.root)
+
+    def has_file(self, name: str) -> bool:
+        """Whether there is a file of this path below the root, be it among the data or not."""
+        return ".." not in PurePath(name).parts and os.path.isfile(self.root / name)
 
     def read(self, position: int) -> Datum:
-        datum_id = self.ids[position]
-        path = self.root / datum_id
-        label = path.parent.name if self.label_from == "parent" else None
+        datum_id, name = self.ids[position], self._names[position]
+        label, split = self.labels.get(datum_id, (None, None))
+        if self.label_from == "parent":
+            label = escaped((self.root / name).parent.name)
         try:
-            return Datum(datum_id, position, read_image(path), label)
-        except (OSError, ValueError, SyntaxError, MemoryError) as error:
-            return Datum(datum_id, position, None, label, error=_reason(error))
+            with _opened_inside(self._real_root, name) as stream:
+                return Datum(datum_id, position, read_image(stream), label, split)
+        except (OSError, ValueError) as error:
+            return Datum(datum_id, position, None, label, split, reason_of(error))
 
 
-def read_image(path: Path) -> np.ndarray:
-    """An image file as [H, W] or [H, W, C], in the integer range it was stored in.
+def escaped(name: str) -> str:
+    r"""A file's name as an id: valid UTF-8, printable, and different for different names.
+
+    A backslash is written `\\`, a byte that is not UTF-8 `\xe9`, a control character `\u000a`; all else stays.
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        if match[0] == "\\":
+            return r"\\"
+        return rf"\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else rf"\u{code:04x}"
+
+    return _ESCAPED.sub(escape, name)
+
+
+def _opened_inside(root: str, name: str) -> BinaryIO:
+    """A regular file below `root` (a real path), opened for reading.
 
     Raises:
-        OSError: if it cannot be read or decoded.
-        ValueError: if it has more than `MAX_PIXELS`.
+        OSError: if it cannot be opened.
+        ValueError: if it is not a regular file, or if links lead it out of the root.
     """
+    path = os.path.realpath(os.path.join(root, name))
+    if os.path.islink(path):
+        raise ValueError("a link that leads back to itself")
+    if os.path.commonpath([root, path]) != root:
+        raise ValueError("a link that leads out of the dataset's folder; put the file itself there")
+    if not os.path.lexists(path):
+        raise ValueError("a link that leads nowhere, or the file is gone")
+    _refuse_irregular(os.stat(path).st_mode)
+    # What the path names may have changed since: do not follow a link, do not wait for a pipe, and look again.
+    flags = ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY")  # none of them is on every system
+    descriptor = os.open(path, sum((getattr(os, flag, 0) for flag in flags), os.O_RDONLY))
+    try:
+        _refuse_irregular(os.fstat(descriptor).st_mode)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _refuse_irregular(mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"not a regular file but {_KINDS.get(stat.S_IFMT(mode), 'something else')}")
+
+
+def read_image(source: Path | BinaryIO) -> np.ndarray:
+    """An encoded image as [H, W] or [H, W, C], in the integer range it was stored in.
+
+    Upright, as its EXIF orientation says; of several frames or pages the first. Palettes, CMYK and the like
+    become RGB or, with transparency, RGBA.
+
+    Raises:
+        ValueError: in a sentence that becomes the row's reason, if it cannot be read or decoded or has more
+            than `MAX_PIXELS`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the size check is ours, and stricter
+            return _decoded(source)
+    except Exception as error:  # a damaged file makes a decoder raise struct.error, IndexError, zlib.error, ...
+        raise ValueError(reason_of(error)) from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """The raster formats that this build of Pillow has."""
     from PIL import Image
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the size check below is ours, and stricter
-        try:
-            image = Image.open(path)
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"too large: {error}") from error
-        with image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(f"too large: {width} x {height} pixels, at most {MAX_PIXELS} in all are decoded")
-            if image.mode == "P":
-                return np.asarray(image.convert("RGBA" if "transparency" in image.info else "RGB"))
-            if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
-                return np.asarray(image.convert("RGB"))
-            if image.mode.startswith("I"):
-                return _as_uint16(np.asarray(image))
-            return np.asarray(image)
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _decoded(source: Path | BinaryIO) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        opened = Image.open(source, formats=_formats())
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"too large: {error}") from error
+    with opened as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"too large: {width} x {height} pixels, at most {MAX_PIXELS} in all are decoded")
+        if not width * height:
+            raise ValueError(f"an image without pixels: {width} x {height}")
+        image.load()
+        upright = _upright(image)
+        if upright.mode in ("P", "PA"):
+            return np.asarray(upright.convert("RGBA" if upright.has_transparency_data else "RGB"))
+        if upright.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+            return np.asarray(upright.convert("RGB"))
+        if upright.mode in ("La", "RGBa"):  # premultiplied
+            return np.asarray(upright.convert(upright.mode.upper()))
+        if upright.mode.startswith("I"):
+            return _as_uint16(np.asarray(upright))
+        return np.asarray(upright)
+
+
+def _upright(image: Any) -> Any:
+    """The image as its EXIF orientation wants it shown; where the EXIF data are damaged, as it is stored."""
+    from PIL import ImageOps
+
+    try:
+        turned = image.getexif().get(_EXIF_ORIENTATION, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
+    except Exception:  # what a parser of damaged metadata raises; the pixels are intact
+        return image
 
 
 def _as_uint16(array: np.ndarray) -> np.ndarray:
@@ -94,9 +229,14 @@ def _as_uint16(array: np.ndarray) -> np.ndarray:
     return array.astype(np.uint16)
 
 
-def _reason(error: BaseException) -> str:
-    """One sentence without the machine's paths."""
-    text = str(error).split(": '")[0].split(" '/")[0].strip() or type(error).__name__
+def reason_of(error: BaseException) -> str:
+    """An error as one sentence for a row: without the machine's paths, without what a terminal would obey."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = text.split(": '")[0].split(" '/")[0]
     if "cannot identify image file" in text:
         return "not an image, or an image format that cannot be read"
-    return text[:300]
+    if isinstance(error, MemoryError):
+        return "too large for the memory of this machine"
+    if not isinstance(error, OSError | ValueError) or not text.strip():
+        text = f"cannot be decoded: {type(error).__name__} {text}"
+    return escaped(" ".join(text.split()))[:300]

@@ -1,0 +1,302 @@
+"""WebDataset: tars whose members share a key up to the first dot of their names, such as 017.png, 017.cls, 017.json.
+
+Headers are read once per process, with `tarfile`; members are then read by their offsets, so a worker reads
+nothing but its range. Nothing is extracted to the disk.
+
+Inputs are hostile. A header may claim any size, lead backwards or name a path above the tar; a tar may end
+anywhere. What a sample is to blame for costs its own row. Where a tar is damaged, what follows cannot be found:
+that is one more row, so that the loss is seen.
+"""
+
+import glob
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from nfscale.datasets.base import Dataset, Datum, Label, require
+from nfscale.datasets.folder import IMAGE_SUFFIXES, escaped, read_image, reason_of
+from nfscale.errors import CallerError
+
+MAX_ENCODED_BYTES = 512 << 20
+"""Of an image's member: more than the largest image that is decoded takes uncompressed."""
+
+_MAX_HEADER_BYTES = 8 << 20  # of one extended header; real ones hold a path
+_MAX_LABEL_BYTES = 1 << 20
+_HEADER_ERRORS = (tarfile.TarError, OSError, ValueError, LookupError, OverflowError, RecursionError, MemoryError)
+_INT64 = range(-(1 << 63), 1 << 63)
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+@dataclass(frozen=True)
+class WebDataset:
+    """Samples of a tar, of the tars below a folder, or of those that match a pattern; ids are TAR/KEY."""
+
+    path: str
+    key: str | None = None
+    """The extension of the image's member, such as png or seg.png; by default the first that is an image's."""
+    label: str | None = None
+    """`cls`: the member of that extension. `json:FIELD`: a field of the json member. Integers or text, as the first
+    label is; a label that is missing, damaged or of the other kind is null."""
+
+    def open(self) -> "WebDatasetDataset":
+        require(self.key is None or bool(self.key.strip(".")), "dataset.key is an extension such as png, or null")
+        known = self.label in (None, "cls") or (self.label.startswith("json:") and self.label != "json:")
+        require(known, f"dataset.label is cls, json:FIELD or null, got {self.label!r}")
+        dataset = WebDatasetDataset(_tars(self.path), self.key and self.key.strip(".").lower(), self.label)
+        require(bool(dataset.ids), f"dataset.path: no samples in the tars of {self.path!r}")
+        return dataset
+
+
+def _tars(path: str) -> dict[str, str]:
+    """Paths of tars by their names, sorted.
+
+    Raises:
+        CallerError: if there are none, or one is compressed.
+    """
+    if os.path.isfile(path):
+        found, root = [path], os.path.dirname(path)
+    elif os.path.isdir(path):
+        found, root = [str(tar) for tar in Path(path).glob("**/*.tar")], path
+    else:
+        found = glob.glob(path, recursive=True)
+        root = os.path.commonpath([os.path.dirname(tar) for tar in found]) if found else ""
+    found = [tar for tar in found if os.path.isfile(tar)]
+    if not found:
+        packed = os.path.isdir(path) and any(Path(path).glob("**/*.t*gz"))
+        hint = "; those that are compressed have to be decompressed first" if packed else ""
+        raise CallerError(
+            f"dataset.path: no tar at {path!r}; it is a .tar, a folder of them or a pattern such as 'shards/*.tar', "
+            f"looked up from {Path.cwd()}{hint}"
+        )
+    for tar in found:
+        with open(tar, "rb") as file:
+            start = file.read(8)
+        for magic, packer in _COMPRESSED.items():
+            if start.startswith(magic):
+                raise CallerError(
+                    f"dataset.path: {tar!r} is compressed ({packer}), so its members cannot be read one by one; "
+                    "decompress it, the images in it are compressed anyway"
+                )
+    names = {Path(os.path.relpath(tar, root or ".")).as_posix().removesuffix(".tar"): tar for tar in found}
+    return {name: names[name] for name in sorted(names)}
+
+
+class WebDatasetDataset(Dataset):
+    def __init__(self, tars: dict[str, str], key: str | None, label: str | None) -> None:
+        self.tars, self.key, self.label = tars, key, label
+
+    @cached_property
+    def _samples(self) -> list["tuple[str, _Sample]"]:
+        """(tar, sample) in the order of the tars and, within them, of first members."""
+        label_extension = "json" if (self.label or "").startswith("json:") else self.label
+        samples = []
+        for name, path in self.tars.items():
+            found = os.stat(path)
+            index = _index(path, name, self.key, label_extension, found.st_size, found.st_mtime_ns)
+            samples += [(path, sample) for sample in index]
+        return samples
+
+    @cached_property
+    def ids(self) -> Sequence[str]:
+        return [sample.id for _, sample in self._samples]
+
+    def read(self, position: int) -> Datum:
+        path, sample = self._samples[position]
+        label = self._label_of(path, sample)
+        if label is not None and isinstance(label, str) != (self._label_kind is str):
+            label = None
+        try:
+            return Datum(sample.id, position, read_image(io.BytesIO(_content(path, sample))), label)
+        except (OSError, ValueError) as error:
+            return Datum(sample.id, position, None, label, error=reason_of(error))
+
+    @cached_property
+    def _label_kind(self) -> type | None:
+        """The kind of the first label; those of a dataset are all of one kind."""
+        labels = (self._label_of(path, sample) for path, sample in self._samples if sample.label)
+        return next((type(label) for label in labels if label is not None), None)
+
+    def _label_of(self, path: str, sample: "_Sample") -> Label:
+        if self.label is None or sample.label is None or sample.label[1] > _MAX_LABEL_BYTES:
+            return None
+        try:
+            text = _bytes_at(path, *sample.label).decode("utf-8").strip()
+            value = json.loads(text).get(self.label.removeprefix("json:")) if self.label != "cls" else text
+        except (OSError, ValueError, AttributeError, RecursionError):  # JSON may be no object, or nested without end
+            return None
+        return _as_label(value, parse=self.label == "cls")
+
+
+def _as_label(value: Any, parse: bool) -> Label:
+    """Integers that fit the table, or text without lone surrogates; anything else is no label."""
+    if parse and value.removeprefix("-").isdecimal() and len(value) < 20:
+        value = int(value)
+    if isinstance(value, int):
+        return int(value) if value in _INT64 else None
+    return escaped(value) if isinstance(value, str) and value else None
+
+
+def _content(path: str, sample: "_Sample") -> bytes:
+    """The encoded image of a sample.
+
+    Raises:
+        OSError: if the tar cannot be read.
+        ValueError: with the reason, if the sample has none.
+    """
+    if sample.error:
+        raise ValueError(sample.error)
+    if sample.image is None:
+        seen = escaped(", ".join(sample.extensions))
+        raise ValueError(f"the sample has no member with an image; it has the extensions {seen}")
+    if sample.image[1] > MAX_ENCODED_BYTES:
+        raise ValueError(f"too large: a member of {sample.image[1]} bytes, at most {MAX_ENCODED_BYTES} are read")
+    return _bytes_at(path, *sample.image)
+
+
+def _bytes_at(path: str, offset: int, size: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+# --- the index of a tar
+
+
+@dataclass(slots=True)
+class _Sample:
+    """What a tar holds for one key."""
+
+    id: str
+    image: tuple[int, int] | None = None
+    """Offset and size in bytes."""
+    image_extension: str = ""
+    label: tuple[int, int] | None = None
+    error: str | None = None
+    extensions: list[str] = field(default_factory=list)
+    """The first few, for the reason of a sample without an image."""
+
+
+@lru_cache(maxsize=4096)  # tars; a run opens its dataset several times, for the plan, the work, the review
+def _index(path: str, name: str, key: str | None, label: str | None, size: int, changed: int) -> list[_Sample]:
+    """The samples of a tar of `size` bytes, and one with an error where it is damaged.
+
+    Args:
+        key, label: extensions of the members with the image and the label.
+        changed: time of the last change; with the size it tells whether this is still the tar that was read.
+    """
+    samples: dict[str, _Sample] = {}
+    extra: list[_Sample] = []  # of which the key says too little: repeats, and where the tar is damaged
+    try:
+        for member in _members(path, size):
+            sample_key, extension = _key_and_extension(member.name)
+            if member.isdir() or not extension or sample_key.rpartition("/")[2].startswith("__"):
+                continue
+            is_image = extension == key if key else f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES
+            datum_id = f"{escaped(name)}/{_escaped_key(sample_key)}"
+            sample = samples.setdefault(datum_id, _Sample(datum_id))
+            place = (member.offset_data, member.size)
+            if len(sample.extensions) < 4 and not sample.image:
+                sample.extensions.append(extension)
+            if extension == label:
+                sample.label = place if member.isreg() and not member.issparse() else None
+            elif is_image and sample.image and extension == sample.image_extension:
+                twin = _Sample(f"{datum_id}@{member.offset}")
+                twin.error = "the key occurs before in its tar; a key is for one image"
+                extra.append(twin)
+            elif is_image and sample.image is None:
+                sample.image, sample.image_extension = place, extension
+                sample.error = _fault_of(member, size)
+    except _DamagedError as error:
+        extra.append(_Sample(f"{escaped(name)}/@{error.offset}", error=str(error)))
+    return [*samples.values(), *(sample for sample in extra if sample.id not in samples)]
+
+
+def _key_and_extension(name: str) -> tuple[str, str]:
+    """`a/b.c.png` -> `a/b`, `c.png`, the rule of WebDataset; a name without a dot has no extension."""
+    while name.startswith("./"):
+        name = name[2:]
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def _escaped_key(key: str) -> str:
+    """A key as an id: as `escaped`, and without the parts that would lead a path elsewhere."""
+    parts = [r"\u002e\u002e" if part == ".." else escaped(part) for part in key.split("/")]
+    if key.startswith("/"):
+        parts[0] = r"\u002f"
+    return "/".join(parts)
+
+
+def _fault_of(member: tarfile.TarInfo, size: int) -> str | None:
+    """Why a member cannot be read as an image, if so."""
+    if member.issym() or member.islnk():
+        return "a link in a tar; archive the file itself (GNU tar: --dereference --hard-dereference)"
+    if not member.isreg():
+        return "not a regular file in its tar"
+    if member.issparse():
+        return "a sparse file in a tar; archive it without --sparse"
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        return "its name in the tar leads out of the tar; archive it by a relative name without .."
+    if member.offset_data + member.size > size:
+        return f"truncated: the tar ends within this member of {member.size} bytes"
+    return None
+
+
+class _DamagedError(Exception):
+    def __init__(self, offset: int, what: str) -> None:
+        super().__init__(f"the tar is damaged at byte {offset}, so nothing behind it was found: {what}")
+        self.offset = offset
+
+
+class _Headers(io.RawIOBase):
+    """A tar's file for `tarfile`, which reads as much as a header claims, and everything if that is negative."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {size} bytes")
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def _members(path: str, size: int) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar, by their headers.
+
+    Raises:
+        _DamagedError: where it goes on and the next header cannot be read.
+    """
+    with open(path, "rb") as file:
+        offset = 0
+        try:
+            # The first header is read here; the tarfile is not closed, for it would only close `file`.
+            tar = tarfile.open(fileobj=_Headers(file), mode="r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                yield member
+                if tar.offset <= offset:  # type: ignore[attr-defined]
+                    raise ValueError("a header leads backwards")
+                offset = tar.offset  # type: ignore[attr-defined]
+                if offset > size:
+                    break
+        except _HEADER_ERRORS as error:
+            raise _DamagedError(offset, escaped(str(error)) or type(error).__name__) from error
+        file.seek(min(offset, size))
+        rest = file.read(tarfile.BLOCKSIZE)
+        if len(rest) < tarfile.BLOCKSIZE:
+            raise _DamagedError(offset, "it ends without the empty block that ends a tar")
+        if rest.strip(b"\0"):  # tarfile takes a header that it cannot read for the end
+            raise _DamagedError(offset, "no tar header")
