@@ -76,7 +76,7 @@ class PhotosDataset(Dataset):
 
     @staticmethod
     def place(datum_id: str) -> tuple[str, int, int]:
-        """Where a tile belongs: (photograph, row, column). A report assembles tiles by this."""
-        name, cell = datum_id.split("/")
+        """Where a tile, or the repeat of one, belongs: (photograph, row, column). A report assembles tiles by this."""
+        name, cell = datum_id.partition("#")[0].split("/")
         row, column = cell[1:].split("c")
         return name, int(row), int(column)

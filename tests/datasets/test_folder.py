@@ -89,6 +89,7 @@ def test_the_shipped_sets_are_whole(kind, count, shape):
 def test_a_tile_says_where_it_belongs():
     dataset = DATASETS["photos"]().open()
     assert dataset.place("coffee/r02c05") == ("coffee", 2, 5)
+    assert dataset.place("coffee/r02c05#1") == ("coffee", 2, 5), "a repeat is of the same tile"
 
 
 def test_a_limit_is_a_seeded_sample_spread_over_the_dataset():
