@@ -23,6 +23,11 @@ class ShardLike(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def again(self) -> bool:
+        """It is committed already and tried anew; if that fails, it stays as it is."""
+        ...
+
     def __len__(self) -> int: ...
 
     def halves(self) -> tuple[Any, Any]: ...
@@ -139,6 +144,8 @@ class Coordinator:
             self.fatal = f"{task.shard.name} cannot even be quarantined: {message}"
         elif task.failures < self.attempts_before_bisection:
             self._queue.append(task)
+        elif task.shard.again:
+            return
         elif len(task.shard) > 1:
             self._queue.extend(_Task(half) for half in task.shard.halves())
         else:

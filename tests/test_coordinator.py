@@ -14,6 +14,7 @@ class Range:
     name: str
     start: int
     stop: int
+    again: bool = False
 
     def __len__(self):
         return self.stop - self.start
@@ -81,6 +82,13 @@ def test_one_deadly_datum_costs_its_own_row_after_two_attempts_per_cut():
     assert [(s.start, s.stop) for s in quarantined] == [(5, 6)]
     assert attempts == 2 * 4
     assert sorted(i for s in committed for i in range(s.start, s.stop)) == list(range(16))
+
+
+def test_a_committed_shard_that_fails_again_stays_as_it_is():
+    coordinator = Coordinator([Range("s0", 0, 8, again=True)])
+    for _ in range(2):
+        coordinator.failed(coordinator.lease("w"), Failure.CRASH, "segfault")
+    assert coordinator.finished, "its halves would be second rows of what is committed"
 
 
 def test_the_same_error_on_the_first_shards_ends_the_run():
