@@ -6,7 +6,8 @@ happened and asks it what to do. A shard is anything with a `name`, a length and
 Failures have classes. INFRA (a node lost, preempted or drained): the shard goes back to the queue and
 nothing is counted. CRASH (the process died on a live node) and TASK (an exception): counted, and after
 `attempts_before_bisection` the shard is cut in two, down to the one datum that does it, which is then
-quarantined: its lease writes a row that says so. The same TASK error on `fatal_shards` shards before
+quarantined: its lease writes a row that says so. OUTPUT (a full disk, a lost permission): no datum's
+fault and no attempt's, the run ends with what is committed. The same TASK error on `fatal_shards` shards before
 anything has succeeded is nobody's datum: the run ends with that error.
 """
 
@@ -39,6 +40,7 @@ class Failure(Enum):
     INFRA = "infra"
     CRASH = "crash"
     TASK = "task"
+    OUTPUT = "output"
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ class Coordinator:
 
     def failed(self, lease: Lease, failure: Failure, message: str) -> None:
         """The lease's attempt is over without a commit."""
+        if failure is Failure.OUTPUT:
+            self.fatal = message
         _, task = self._flying.pop(lease.id, (None, None))
         if task is None:
             if lease.shard is None and failure is not Failure.INFRA:

@@ -4,10 +4,10 @@ Everything durable is in the run folder, so a driver may die at any moment; the 
 commits and continues. Observers are told what happens and decide for themselves what to do with it.
 """
 
-import contextlib
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from nfscale.coordinator import Coordinator, Failure, Lease
 from nfscale.datasets.base import ids_digest
 from nfscale.encode import OpenRun, Progress, ShardReport, calibrate_run, encode_shard, make_plan, new_attempt
-from nfscale.errors import CallerError, EncodeError
+from nfscale.errors import CallerError, EncodeError, ExitCode, OutputError
 from nfscale.job import EncodeJob
 from nfscale.store.run_folder import Commit, Plan, RunFolder, Shard
 
@@ -114,7 +114,7 @@ class InProcessPool:
             event = next(self._work)
         except Exception as error:
             self._lease = None
-            return [Failed(worker, Failure.TASK, explained(error))]
+            return [Failed(worker, failure_of(error), explained(error))]
         if isinstance(event, Progress):
             return [Advanced(worker, event)]
         self._lease = None
@@ -138,6 +138,11 @@ def work_on(run: OpenRun, lease: Lease) -> Iterator[Progress | ShardReport | Non
         worker=lease.worker,
         quarantine=lease.quarantine,
     )
+
+
+def failure_of(error: BaseException) -> Failure:
+    """The class of an exception that ended a lease."""
+    return Failure.OUTPUT if isinstance(error, OutputError) else Failure.TASK
 
 
 def explained(error: BaseException) -> str:
@@ -309,19 +314,39 @@ class Terminated(BaseException):
     """SIGTERM arrived: leave in good order."""
 
 
-@contextlib.contextmanager
-def orderly_termination() -> Iterator[None]:
-    """Turn SIGTERM into `Terminated` where this runs in the main thread."""
+class Termination:
+    """Turns SIGTERM into `Terminated` while the block runs, where that is the main thread.
 
-    def handler(number: int, frame: FrameType | None) -> None:
+    Ray installs a handler of its own when it starts, one that exits with the signal's number, so `install`
+    is called again after that; and an exception that arises inside Ray's C code comes out as a SystemError.
+    """
+
+    def __init__(self) -> None:
+        self.arrived = False
+        self._before: Any = None
+
+    def __enter__(self) -> "Termination":
+        self._before = self.install()
+        return self
+
+    def install(self) -> Any:
+        """Handle SIGTERM from now on; the handler there was."""
+        if threading.current_thread() is not threading.main_thread():
+            return None  # the embedding program owns the signals
+        return signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.arrived = True
         raise Terminated
 
-    try:
-        before = signal.signal(signal.SIGTERM, handler)
-    except ValueError:  # not the main thread: the embedding program owns the signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def exit_code_of(self, error: BaseException) -> ExitCode | None:
+        """The exit code of an interruption, as which exception it may come; None if it is none."""
+        if isinstance(error, KeyboardInterrupt):
+            return ExitCode.INTERRUPTED
+        by_ray = isinstance(error, SystemExit) and error.code == signal.SIGTERM
+        in_c_code = isinstance(error, SystemError) and self.arrived
+        return ExitCode.TERMINATED if by_ray or in_c_code or isinstance(error, Terminated) else None
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)

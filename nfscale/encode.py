@@ -4,7 +4,9 @@ A shard is idempotent: its rows depend on the plan alone, its file has a name of
 attempts the first to commit counts.
 """
 
+import contextlib
 import importlib.metadata
+import os
 import platform
 import time
 import uuid
@@ -24,7 +26,7 @@ from nfscale.datasets import Dataset, Datum, seeded_sample
 from nfscale.datasets.base import ids_digest, read_range
 from nfscale.engine import Calibration, Fitted, calibrate, fit
 from nfscale.engine.step import evaluate, stack_samples
-from nfscale.errors import CallerError, EncodeError
+from nfscale.errors import CallerError, EncodeError, OutputError
 from nfscale.fields import Field, theta0_of
 from nfscale.job import FORMAT_VERSION, EncodeJob
 from nfscale.optim import Optimizer
@@ -127,6 +129,13 @@ def _label_type(dataset: Dataset) -> LabelType:
         if datum.label is not None:
             return "int64" if isinstance(datum.label, int) else "string"
     return "string"
+
+
+def _label(datum: Datum, label_type: LabelType) -> str | int | None:
+    """The datum's label in the type that the run has settled on; null where it is of another."""
+    if label_type == "string":
+        return None if datum.label is None else str(datum.label)
+    return datum.label if isinstance(datum.label, int) else None
 
 
 def _shard_fields(job: EncodeJob, field: Field, per_step: int, count: int, device: str) -> int:
@@ -245,6 +254,8 @@ def _prepared(signal: Signal, datum: Datum) -> Samples | str:
         return signal.samples(datum.array)
     except ValueError as error:
         return str(error)
+    except MemoryError:
+        return f"an array of shape {list(datum.array.shape)} does not fit into the worker's memory"
 
 
 # --- a shard
@@ -318,7 +329,8 @@ def _fitted(run: OpenRun, shard: Shard, attempt: str, rows: dict[str, Row], know
                 continue
             datum = run.dataset.read(position)
             seed = datum_seed(run.job.seed, datum.id)
-            row = Row(datum.id, datum.index, "decode_error", shard.index, attempt, seed, datum.split, datum.label)
+            label = _label(datum, run.plan.label_type)
+            row = Row(datum.id, datum.index, "decode_error", shard.index, attempt, seed, datum.split, label)
             rows[datum.id] = row
             prepared = _prepared(run.signal, datum)
             if isinstance(prepared, str):
@@ -392,8 +404,16 @@ def _measure_rounded(run: OpenRun, shard: Shard, rows: dict[str, Row]) -> None:
 
 def _write(run: OpenRun, shard: Shard, table: pa.Table, path: Path) -> None:
     """Write the rows and read them back: what is committed is what is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_parquet(table, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(table, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        what = os.strerror(error.errno) if error.errno else str(error)
+        raise OutputError(
+            f"cannot write {path}: {what}; what is committed stays, and the same command goes on"
+        ) from error
     written = pq.read_table(path, columns=["datum_id"])["datum_id"]
     if written.to_pylist() != table["datum_id"].to_pylist() or len(written) != len(shard):
         path.unlink(missing_ok=True)

@@ -37,6 +37,10 @@ class EncodeError(NfscaleError):
     """The encode failed on the way; what is committed stays, and the same command continues."""
 
 
+class OutputError(EncodeError):
+    """The output cannot be written: a full disk, a lost permission."""
+
+
 class MismatchError(NfscaleError):
     """What is stored is not what was committed."""
 

@@ -1,5 +1,6 @@
 """A run in one process: rows, determinism, resume, hostile data, verification."""
 
+import errno
 import json
 import os
 
@@ -14,6 +15,7 @@ from nfscale.encode import OpenRun, ShardReport, encode_shard
 from nfscale.errors import CallerError, EncodeError, MismatchError
 from nfscale.store import open_weights
 from nfscale.store.run_folder import Commit, Shard
+from nfscale.store.schema import write_parquet
 from nfscale.verify import verify
 from tests.jobs import Recorder, encode_in_process, tiny_job
 
@@ -215,7 +217,6 @@ def test_verify_sees_weights_that_do_not_decode_to_their_quality(tmp_path):
     import pyarrow as pa
 
     from nfscale.store.files import sha256_of
-    from nfscale.store.schema import write_parquet
 
     write_parquet(table.set_column(position, table.schema.field(position), pa.array(quality)), path)
     record = folder.path / "commits" / f"{commit.shard}.json"
@@ -315,3 +316,25 @@ def test_a_run_of_another_format_is_refused(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
     with pytest.raises(CallerError, match="has format 99, this nfscale reads format 1"):
         open_weights(folder.path)
+
+
+def test_an_output_that_cannot_be_written_ends_the_run_and_a_repeat_completes_it(tmp_path, monkeypatch):
+    job, written = tiny_job(tmp_path / "run"), []
+
+    def full(table, path):
+        written.append(path)
+        if len(written) == 2:
+            path.write_bytes(b"half a fi")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_parquet(table, path)
+
+    monkeypatch.setattr("nfscale.encode.write_parquet", full)
+    with pytest.raises(EncodeError, match=r"cannot write .*: No space left on device; what is committed stays"):
+        encode_in_process(job)
+    folder, plan = open_run(job)
+    assert [commit.shard for commit in folder.commits()] == ["shard-00000"]
+    assert folder.uncommitted() == [], "the half file is gone"
+    monkeypatch.setattr("nfscale.encode.write_parquet", write_parquet)
+    serve(folder, plan, InProcessPool(folder), [])
+    assert folder.is_complete
+    assert not verify(folder).mismatches

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from nfscale.cli.common import JsonOption, percentages, warn, write_json
 from nfscale.cli.progress import ProgressDisplay
-from nfscale.driver import InProcessPool, Pool, Summary, Terminated, open_run, orderly_termination, serve, totals
+from nfscale.driver import InProcessPool, Pool, Summary, Termination, open_run, serve, totals
 from nfscale.errors import ExitCode, NfscaleError
 from nfscale.job import EncodeJob, load_job
 from nfscale.review import make_report
@@ -67,16 +67,17 @@ def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console, ret
     observers = [display, tracker] if tracker else [display]
     pool: Pool | None = None
     state = "FAILED"
+    termination = Termination()
     try:
-        with orderly_termination():
+        with termination:
             commits = folder.commits()
             for observer in observers:
                 observer.on_start(folder, plan, commits)
             summary = Summary(str(folder.path), job.name, was_complete=folder.is_complete)
             if not folder.is_complete or retry_failed:
                 pool = _pool(job, folder)
-                with orderly_termination():  # again: Ray installs a handler of its own when it starts
-                    summary = serve(folder, plan, pool, observers, retry_failed)
+                termination.install()
+                summary = serve(folder, plan, pool, observers, retry_failed)
                 display.close()
                 pool.close()
                 pool = None
@@ -85,13 +86,15 @@ def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console, ret
                 tracker.log_review()
             state = "FINISHED"
             return totals(folder, summary)
-    except (KeyboardInterrupt, Terminated) as error:
-        state = "KILLED"
-        code = ExitCode.INTERRUPTED if isinstance(error, KeyboardInterrupt) else ExitCode.TERMINATED
-        print("interrupted; what is committed stays, and the same command continues", file=sys.stderr)
-        raise typer.Exit(int(code)) from error
     except OSError as error:
         raise NfscaleError(f"{error}; what is committed stays, and the same command continues") from error
+    except BaseException as error:
+        code = termination.exit_code_of(error)
+        if code is None:
+            raise
+        state = "KILLED"
+        print("interrupted; what is committed stays, and the same command continues", file=sys.stderr)
+        raise typer.Exit(int(code)) from error
     finally:
         display.close()
         if pool is not None:

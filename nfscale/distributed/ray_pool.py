@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nfscale.coordinator import Failure, Lease
-from nfscale.driver import Advanced, Event, Failed, Succeeded, explained, work_on
+from nfscale.driver import Advanced, Event, Failed, Succeeded, explained, failure_of, work_on
 from nfscale.encode import OpenRun, Progress
 from nfscale.errors import EncodeError
 from nfscale.store.run_folder import RunFolder
@@ -131,7 +131,8 @@ class RayPool:
             return None
         except errors.RayTaskError as error:
             self._release(worker)
-            return Failed(worker.name, Failure.TASK, explained(error.cause or error))
+            cause = error.cause or error
+            return Failed(worker.name, failure_of(cause), explained(cause))
         except errors.RayActorError as error:
             failure = Failure.INFRA if self._node_is_gone(worker, error) else Failure.CRASH
             self._replace(worker)

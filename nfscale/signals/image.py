@@ -18,6 +18,8 @@ _SHIFT = 0.5
 """Fields represent value - 0.5. Their first residual is then at most half the range: with values in [0, 1]
 the brightest tiles of photographs start with residuals so large that preconditioned steps throw them off."""
 
+_SIZES_KEPT = 8  # whose coordinates and orders are remembered: few, since those of a large image take its size over
+
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, what image readers use for "L"
 
 
@@ -126,14 +128,14 @@ def _converted(values: np.ndarray, convert: str | None) -> np.ndarray:
     raise ValueError(f"no conversion from {channels} channels to {convert}")
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=_SIZES_KEPT)
 def _pixel_centres(height: int, width: int) -> Tensor:
     """[H * W, 2] in row order."""
     axes = [(2 * torch.arange(n, dtype=torch.float64) + 1) / n - 1 for n in (height, width)]
     return torch.cartesian_prod(*axes).to(torch.float32)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=_SIZES_KEPT)
 def _z_order(height: int, width: int) -> np.ndarray:
     """Row-order positions [H * W] of the pixels, visited along the Morton curve."""
     y, x = (index.ravel().astype(np.uint64) for index in np.indices((height, width)))

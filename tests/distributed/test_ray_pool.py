@@ -142,3 +142,20 @@ def test_termination_leaves_in_good_order(tmp_path):
     while any("ray::" in _command(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not [pid for pid in workers if "ray::" in _command(pid)], "no worker outlives its driver"
+
+
+@pytest.mark.parametrize("seconds", [3.0, 5.0])
+def test_termination_while_ray_starts_leaves_in_good_order_too(tmp_path, seconds):
+    """Ray is busy in C code then, from which an exception comes out as another."""
+    settings = tiny_settings(tmp_path / "run", **LONGER) | {"workers": 1, "track": {"enabled": False}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "nfscale", "encode", str(tmp_path / "job.yaml")]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "job.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(seconds)
+    running.terminate()
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 143, errors
+    assert "Traceback" not in errors
