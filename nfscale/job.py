@@ -92,6 +92,7 @@ class FitSection(_Section):
     max_restarts: NonNegativeInt = 3
     batch: PositiveInt | Literal["auto"] = "auto"
     step: Literal["auto", "plain"] = "auto"
+    """Which step is taken; so far there is the plain one alone, and both values mean it."""
 
     @model_validator(mode="after")
     def _cadence_fits(self) -> "FitSection":
@@ -167,6 +168,7 @@ class EncodeJob(_Section):
     workers: NonNegativeInt | Literal["auto"] = "auto"
     max_workers: PositiveInt | None = None
     checkpoint_minutes: PositiveFloat = 10.0
+    """Accepted, and without effect so far: a shard is seconds of work, and a retry begins it anew."""
     max_failed_fraction: float = Field(default=0.01, ge=0, le=1)
     seed: NonNegativeInt = 0
     output: str = Field(min_length=1)

@@ -64,8 +64,9 @@ class ESGD:
     def auto_learning_rate(width: int, weight_scale: float, samples: int) -> float:
         """1.0 whatever the width, the weight scale and the samples per step.
 
-        Evidence: a step of Hessian-preconditioned descent needs no rescaling when the loss or the params
-        are rescaled; on photographs, with a shared diagonal and clipped steps, 1.0 was best of 0.6 to 1.5.
+        A step of Hessian-preconditioned descent needs no rescaling when the loss or the params are rescaled.
+        Evidence: of 0.6, 1.0 and 1.5 it was best by the median of 32 photograph tiles at width 64, weight_scale
+        1.5, 256 samples, with a shared diagonal and clipped steps; other widths were not swept.
         """
         return 1.0
 

@@ -50,10 +50,6 @@ class Row:
     history_quality: list[float] = field(default_factory=list)
     wall_seconds: float | None = None
 
-    @property
-    def ok(self) -> bool:
-        return self.status in OK_STATUSES
-
 
 def table_schema(
     layout: Layout,
