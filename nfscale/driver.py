@@ -181,23 +181,25 @@ def open_run(job: EncodeJob, device: str = "cpu") -> tuple[RunFolder, Plan]:
         CallerError: if the folder belongs to another job or holds something else.
     """
     folder = RunFolder(job.output)
-    if folder.has_plan:
+    try:
+        planned, others = folder.has_plan, folder.files.some_entries(3)
+    except NotADirectoryError as error:
+        raise CallerError(f"output {job.output!r} is a file; give a folder") from error
+    except OSError as error:
+        raise CallerError(f"cannot look into the output {job.output!r}: {error.strerror or error}") from error
+    if planned:
         plan = folder.plan()
         folder.refuse_other(plan, job.fingerprint(ids_digest(job.open_dataset().ids)), job.model_dump(mode="json"))
         return folder, plan
-    if folder.path.exists():
-        if not folder.path.is_dir():
-            raise CallerError(f"output {str(folder.path)!r} is a file; give a folder")
-        if others := sorted(p.name for p in folder.path.iterdir() if not p.name.startswith(".")):
-            raise CallerError(
-                f"output {str(folder.path)!r} is not empty and not a run folder (it holds {', '.join(others[:3])}); "
-                "give a new folder"
-            )
+    if others:
+        raise CallerError(
+            f"output {job.output!r} is not empty and not a run folder (it holds {', '.join(others)}); give a new folder"
+        )
     plan = make_plan(job, device)
     try:
         return folder, folder.freeze(plan)
     except OSError as error:
-        raise CallerError(f"cannot write the output {str(folder.path)!r}: {error.strerror or error}") from error
+        raise CallerError(f"cannot write the output {job.output!r}: {error.strerror or error}") from error
 
 
 def remaining(shards: Sequence[Shard], commits: Sequence[Commit]) -> list[Shard]:
@@ -255,7 +257,7 @@ def _serve(folder: RunFolder, plan: Plan, pool: Pool, observers: Sequence[Observ
         calibrate=job.needs_calibration and not folder.has_calibration,
         first_lease=max((commit.order for commit in commits), default=-1) + 1,
     )
-    summary = Summary(str(folder.path), job.name)
+    summary = Summary(str(folder), job.name)
     started: float | None = None
     leases: dict[str, Lease] = {}
     beaten = 0.0

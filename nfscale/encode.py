@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +31,6 @@ from nfscale.job import FORMAT_VERSION, EncodeJob
 from nfscale.optim import Optimizer
 from nfscale.rng import datum_seed
 from nfscale.signals import SIGNALS, Samples, Signal
-from nfscale.store import files
 from nfscale.store.run_folder import Commit, Plan, RunFolder, Shard
 from nfscale.store.schema import OK_STATUSES, STATUS, LabelType, Row, restored, stored, to_table, write_parquet
 
@@ -295,28 +293,25 @@ def encode_shard(
             seed = datum_seed(run.job.seed, datum_id)
             index = run.dataset.index_of(position)
             rows[datum_id] = Row(datum_id, index, "crashed", shard.index, attempt, seed, reason=quarantine)
-    path = run.folder.data_file(shard, attempt)
+    name = run.folder.data_file(shard, attempt)
     table = to_table(list(rows.values()), run.plan.table_schema(), run.plan.theta0)
     if kept is not None:
         table = pa.concat_tables([kept, table], promote_options="none")
     table = table.sort_by("index")
-    _write(run, shard, table, path)
-    commit = _commit_of(run, shard, table, path, attempt, order, worker, started, fit_seconds)
-    if former is None:
-        won = run.folder.commit(commit)
-    else:
-        run.folder.recommit(commit)
-        won = True
+    _write(run, shard, table, name)
+    commit = _commit_of(run, shard, table, name, attempt, order, worker, started, fit_seconds)
+    with _output(run, name):
+        won = run.folder.commit(commit) if former is None else run.folder.recommit(commit)
     if not won:
-        path.unlink(missing_ok=True)
+        run.folder.files.remove(name)
     elif former is not None:
-        (run.folder.path / former.file).unlink(missing_ok=True)
+        run.folder.files.remove(former.file)
     yield ShardReport(commit, won)
 
 
 def _ok_rows(run: OpenRun, commit: Commit) -> pa.Table:
     """The rows of a committed shard that need no other attempt."""
-    table = pq.read_table(run.folder.path / commit.file).cast(run.plan.table_schema())
+    table = pq.read_table(run.folder.files.source(commit.file)).cast(run.plan.table_schema())
     return table.filter(STATUS.isin(OK_STATUSES))
 
 
@@ -402,32 +397,41 @@ def _measure_rounded(run: OpenRun, shard: Shard, rows: dict[str, Row]) -> None:
         row.loss, row.quality = float(loss[0]), float(quality[0])
 
 
-def _write(run: OpenRun, shard: Shard, table: pa.Table, path: Path) -> None:
-    """Write the rows and read them back: what is committed is what is on the disk."""
+@contextlib.contextmanager
+def _output(run: OpenRun, name: str) -> Iterator[None]:
+    """An output that cannot be written ends the run: no other shard would fare better."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_parquet(table, path)
+        yield
     except OSError as error:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
         what = os.strerror(error.errno) if error.errno else str(error)
+        place = run.folder.files.place(name)
         raise OutputError(
-            f"cannot write {path}: {what}; what is committed stays, and the same command goes on"
+            f"cannot write {place}: {what}; what is committed stays, and the same command goes on"
         ) from error
-    written = pq.read_table(path, columns=["datum_id"])["datum_id"]
+
+
+def _write(run: OpenRun, shard: Shard, table: pa.Table, name: str) -> None:
+    """Write the rows and read them back: what is committed is what is stored."""
+    files = run.folder.files
+    with _output(run, name):
+        with files.writing(name) as stream:
+            write_parquet(table, stream)
+        with pq.ParquetFile(files.source(name)) as opened:
+            written = opened.read(columns=["datum_id"])["datum_id"]
+            schema = opened.schema_arrow
     if written.to_pylist() != table["datum_id"].to_pylist() or len(written) != len(shard):
-        path.unlink(missing_ok=True)
-        raise EncodeError(f"{path.name} holds {len(written)} rows after writing {len(table)} of {len(shard)} data")
-    if not pq.read_schema(path).equals(table.schema):
-        path.unlink(missing_ok=True)
-        raise EncodeError(f"{path.name} was read back with another schema than it was written with")
+        files.remove(name)
+        raise EncodeError(f"{name} holds {len(written)} rows after writing {len(table)} of {len(shard)} data")
+    if not schema.equals(table.schema):
+        files.remove(name)
+        raise EncodeError(f"{name} was read back with another schema than it was written with")
 
 
 def _commit_of(
     run: OpenRun,
     shard: Shard,
     table: pa.Table,
-    path: Path,
+    name: str,
     attempt: str,
     order: int,
     worker: str,
@@ -446,10 +450,10 @@ def _commit_of(
         index=shard.index,
         start=shard.start,
         stop=shard.stop,
-        file=str(path.relative_to(run.folder.path)),
+        file=name,
         rows=len(table),
-        bytes=path.stat().st_size,
-        sha256=files.sha256_of(path),
+        bytes=run.folder.files.size(name) or 0,
+        sha256=run.folder.files.sha256(name),
         attempt=attempt,
         order=order,
         worker=worker,

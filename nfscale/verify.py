@@ -14,7 +14,6 @@ import torch
 from nfscale.encode import OpenRun
 from nfscale.engine.step import evaluate
 from nfscale.signals import Samples
-from nfscale.store import files
 from nfscale.store.run_folder import Commit, RunFolder
 from nfscale.store.schema import FAILED_STATUSES, restored
 from nfscale.store.table import as_matrix
@@ -64,15 +63,15 @@ def verify(folder: RunFolder, progress: Callable[[int, int], None] = lambda done
 
 
 def _file_mismatches(run: OpenRun, commit: Commit, seen: dict[str, str]) -> Iterator[str]:
-    path = run.folder.path / commit.file
-    if not path.is_file():
+    files = run.folder.files
+    if files.size(commit.file) is None:
         yield f"{commit.file} is missing"
-    elif (checksum := files.sha256_of(path)) != commit.sha256:
+    elif (checksum := files.sha256(commit.file)) != commit.sha256:
         yield f"{commit.file} has checksum {checksum[:12]}, {commit.sha256[:12]} was committed; its bytes have changed"
-    elif not pq.read_schema(path).equals(run.plan.table_schema()):
+    elif not pq.read_schema(files.source(commit.file)).equals(run.plan.table_schema()):
         yield f"{commit.file} has another schema than the run"
     else:
-        ids = pq.read_table(path, columns=["datum_id"])["datum_id"].to_pylist()
+        ids = pq.read_table(files.source(commit.file), columns=["datum_id"])["datum_id"].to_pylist()
         expected = list(run.dataset.ids[commit.start : commit.stop])
         if sorted(ids) != sorted(expected):
             yield f"{commit.file} holds other ids than the data {commit.start} to {commit.stop - 1}"
@@ -85,7 +84,7 @@ def _file_mismatches(run: OpenRun, commit: Commit, seen: dict[str, str]) -> Iter
 def _measure(run: OpenRun, commit: Commit, found: Verification) -> None:
     """Decode the rows of a file at their own samples and compare the quality."""
     columns = ["datum_id", "weights", "quality", "status"]
-    table = pq.read_table(run.folder.path / commit.file, columns=columns)
+    table = pq.read_table(run.folder.files.source(commit.file), columns=columns)
     place = {datum_id: position for position, datum_id in enumerate(run.dataset.ids[commit.start : commit.stop])}
     by_count: dict[int, list[tuple[str, np.ndarray, float, Samples]]] = {}
     weights = restored(as_matrix(table["weights"]), run.plan.dtype, run.plan.theta0)

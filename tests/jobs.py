@@ -9,7 +9,7 @@ from nfscale.job import EncodeJob, job_from_settings
 from nfscale.store.run_folder import Commit, Plan, RunFolder
 
 
-def tiny_settings(output: Path, **sections: Any) -> dict[str, Any]:
+def tiny_settings(output: Path | str, **sections: Any) -> dict[str, Any]:
     """48 digits, fitted for at most 60 steps: a second of work."""
     settings = {
         "name": "tiny",
@@ -25,7 +25,7 @@ def tiny_settings(output: Path, **sections: Any) -> dict[str, Any]:
     return settings | sections
 
 
-def tiny_job(output: Path, *overrides: str, **sections: Any) -> EncodeJob:
+def tiny_job(output: Path | str, *overrides: str, **sections: Any) -> EncodeJob:
     return job_from_settings(tiny_settings(output, **sections), list(overrides))
 
 

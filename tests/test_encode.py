@@ -23,7 +23,7 @@ from tests.jobs import Recorder, encode_in_process, tiny_job
 def test_every_datum_has_one_row_and_the_observer_hears_of_it(tmp_path):
     seen = Recorder()
     folder, summary = encode_in_process(tiny_job(tmp_path / "run"), seen)
-    table = open_weights(folder.path).to_arrow()
+    table = open_weights(folder.files.path).to_arrow()
     assert table.num_rows == summary.fields == seen.fields == 48
     assert len(set(table["datum_id"].to_pylist())) == 48
     assert folder.is_complete
@@ -44,13 +44,13 @@ def test_weights_do_not_depend_on_batch_or_shards(tmp_path, optimizer):
     other, _ = encode_in_process(
         tiny_job(tmp_path / "other", "fit.batch=3", "store.shard_fields=7", optimizer=optimizer)
     )
-    assert (open_weights(one.path).weights() == open_weights(other.path).weights()).all()
+    assert (open_weights(one.files.path).weights() == open_weights(other.files.path).weights()).all()
 
 
 def test_fields_may_start_from_draws_of_their_own(tmp_path):
     job = tiny_job(tmp_path / "run", "optimizer.kind=adam", "field.init=per_datum", "fit.max_steps=20")
     folder, _ = encode_in_process(job)
-    table = open_weights(folder.path)
+    table = open_weights(folder.files.path)
     assert table.theta0 is None
     assert not folder.has_calibration
     assert len(np.unique(table.weights()[:, 0])) == 48
@@ -70,17 +70,17 @@ def test_a_driver_that_dies_costs_the_shards_in_flight(tmp_path):
     assert [c.shard for c in resumed.before] == ["shard-00000"]
     assert summary.fitted_here == 32
     undisturbed, _ = encode_in_process(tiny_job(tmp_path / "undisturbed"))
-    assert (open_weights(folder.path).weights() == open_weights(undisturbed.path).weights()).all()
+    assert (open_weights(folder.files.path).weights() == open_weights(undisturbed.files.path).weights()).all()
 
 
 def test_the_second_attempt_at_a_shard_loses_and_leaves_nothing(tmp_path):
     folder, _ = encode_in_process(tiny_job(tmp_path / "run"))
-    before = sorted(p.name for p in (folder.path / "data").iterdir())
+    before = sorted(p.name for p in (folder.files.path / "data").iterdir())
     run = OpenRun(folder)
     *_, report = encode_shard(run, run.plan.shards()[0], attempt="late", order=99, worker="zombie")
     assert isinstance(report, ShardReport)
     assert not report.won
-    assert sorted(p.name for p in (folder.path / "data").iterdir()) == before
+    assert sorted(p.name for p in (folder.files.path / "data").iterdir()) == before
 
 
 def test_a_shard_that_was_cut_stays_cut():
@@ -95,10 +95,10 @@ def test_a_shard_that_was_cut_stays_cut():
 
 def test_a_folder_of_another_job_is_refused_and_left_alone(tmp_path):
     folder, _ = encode_in_process(tiny_job(tmp_path / "run"))
-    before = {p: p.stat().st_mtime_ns for p in folder.path.rglob("*")}
+    before = {p: p.stat().st_mtime_ns for p in folder.files.path.rglob("*")}
     with pytest.raises(CallerError, match=r"belongs to another job: they differ in fit.max_steps \(60 .* 80 now\)"):
         open_run(tiny_job(tmp_path / "run", "fit.max_steps=80"))
-    assert {p: p.stat().st_mtime_ns for p in folder.path.rglob("*")} == before
+    assert {p: p.stat().st_mtime_ns for p in folder.files.path.rglob("*")} == before
 
 
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
@@ -141,7 +141,7 @@ def _folder_job(tmp_path, root, name):
 
 def test_bad_data_are_rows_and_cost_no_neighbour(tmp_path, photographs):
     folder, summary = encode_in_process(_folder_job(tmp_path, photographs, "with"))
-    rows = {row["datum_id"]: row for row in open_weights(folder.path).to_arrow().to_pylist()}
+    rows = {row["datum_id"]: row for row in open_weights(folder.files.path).to_arrow().to_pylist()}
     bad = {name: row for name, row in rows.items() if name.startswith("bad")}
     assert set(bad) == {"bad-grey.png", "bad-empty.png", "bad-text.png", "bad-cut.png", "bad-gone.png"}
     for row in bad.values():
@@ -154,7 +154,7 @@ def test_bad_data_are_rows_and_cost_no_neighbour(tmp_path, photographs):
     for path in photographs.glob("bad*"):
         path.unlink()
     without, _ = encode_in_process(_folder_job(tmp_path, photographs, "without"))
-    good = {row["datum_id"]: row for row in open_weights(without.path).to_arrow().to_pylist()}
+    good = {row["datum_id"]: row for row in open_weights(without.files.path).to_arrow().to_pylist()}
     assert {n: r["weights"] for n, r in rows.items() if n in good} == {n: r["weights"] for n, r in good.items()}
 
 
@@ -173,7 +173,7 @@ def test_a_quarantined_datum_is_a_row_that_was_not_read(tmp_path, photographs):
     shard = Shard(0, 3, 4, "aab")
     pool.start(Lease(0, shard, "in-process", quarantine="crash in each attempt: the worker process died"))
     (event,) = pool.poll(0)
-    row = pq.read_table(folder.path / event.report.commit.file).to_pylist()[0]
+    row = pq.read_table(folder.files.path / event.report.commit.file).to_pylist()[0]
     assert row["status"] == "crashed"
     assert row["reason"].startswith("crash in each attempt")
 
@@ -197,7 +197,7 @@ def test_verify_measures_what_was_recorded(tmp_path):
 
 def test_verify_names_a_flipped_byte(tmp_path):
     folder, _ = encode_in_process(tiny_job(tmp_path / "run"))
-    path = folder.path / folder.commits()[1].file
+    path = folder.files.path / folder.commits()[1].file
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -209,25 +209,23 @@ def test_verify_names_a_flipped_byte(tmp_path):
 def test_verify_sees_weights_that_do_not_decode_to_their_quality(tmp_path):
     folder, _ = encode_in_process(tiny_job(tmp_path / "run"))
     commit = folder.commits()[0]
-    path = folder.path / commit.file
+    path = folder.files.path / commit.file
     table = pq.read_table(path)
     quality = table["quality"].to_numpy().copy()
     quality[3] += 0.2
     position = table.schema.get_field_index("quality")
     import pyarrow as pa
 
-    from nfscale.store.files import sha256_of
-
     write_parquet(table.set_column(position, table.schema.field(position), pa.array(quality)), path)
-    record = folder.path / "commits" / f"{commit.shard}.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"sha256": sha256_of(path)}))
+    record = folder.files.path / "commits" / f"{commit.shard}.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"sha256": folder.files.sha256(commit.file)}))
     (mismatch,) = verify(folder).mismatches
     assert "decodes to" in mismatch
 
 
 def test_verify_misses_a_commit(tmp_path):
     folder, _ = encode_in_process(tiny_job(tmp_path / "run"))
-    (folder.path / "commits" / "shard-00002.json").unlink()
+    (folder.files.path / "commits" / "shard-00002.json").unlink()
     assert any("32 rows are committed of 48" in m for m in verify(folder).mismatches)
 
 
@@ -241,7 +239,7 @@ def test_rounded_weights_have_the_quality_that_is_recorded(tmp_path, dtype, most
     exact, _ = encode_in_process(tiny_job(tmp_path / "exact"))
     folder, _ = encode_in_process(tiny_job(tmp_path / dtype, f"store.dtype={dtype}"))
     assert not verify(folder).mismatches
-    tables = [open_weights(f.path) for f in (exact, folder)]
+    tables = [open_weights(f.files.path) for f in (exact, folder)]
     qualities = [t.to_arrow(["quality"])["quality"].to_numpy() for t in tables]
     assert np.median(qualities[0] - qualities[1]) <= most_lost
     assert np.abs(tables[0].weights() - tables[1].weights()).max() < 0.01
@@ -258,11 +256,11 @@ def test_differences_from_theta0_need_a_theta0(tmp_path):
 def test_failed_data_are_fitted_anew_and_the_others_kept(tmp_path, photographs):
     job = _folder_job(tmp_path, photographs, "run")
     folder, _ = encode_in_process(job)
-    before = {row["datum_id"]: row for row in open_weights(folder.path).to_arrow().to_pylist()}
+    before = {row["datum_id"]: row for row in open_weights(folder.files.path).to_arrow().to_pylist()}
     Image.fromarray(np.full((8, 8, 3), 99, dtype=np.uint8)).save(photographs / "bad-text.png")
     summary = serve(folder, folder.plan(), InProcessPool(folder), [], retry_failed=True)
     assert summary.fitted_here == 16, "the one shard that held failures"
-    after = {row["datum_id"]: row for row in open_weights(folder.path).to_arrow().to_pylist()}
+    after = {row["datum_id"]: row for row in open_weights(folder.files.path).to_arrow().to_pylist()}
     assert after["bad-text.png"]["status"] != "decode_error"
     assert after["bad-empty.png"]["status"] == "decode_error"
     assert after.keys() == before.keys()
@@ -288,45 +286,45 @@ def test_a_running_driver_says_so_and_leaves_in_good_order(tmp_path):
 def test_what_no_commit_names_is_found(tmp_path):
     folder, _ = encode_in_process(tiny_job(tmp_path / "run"))
     assert folder.uncommitted() == []
-    left = folder.path / "data" / "shard-00001.deadbeef0000.parquet"
+    left = folder.files.path / "data" / "shard-00001.deadbeef0000.parquet"
     left.write_bytes(b"half a fi")
-    temporary = folder.path / "commits" / f".shard-00001.json.{'0' * 32}"
+    temporary = folder.files.path / "commits" / f".shard-00001.json.{'0' * 32}"
     temporary.write_bytes(b"{")
-    assert set(folder.uncommitted()) == {left, temporary}
+    assert set(folder.uncommitted()) == {p.relative_to(folder.files.path).as_posix() for p in (left, temporary)}
 
 
 def test_a_commit_that_is_no_json_is_named(tmp_path):
     folder, _ = encode_in_process(tiny_job(tmp_path / "run"))
-    (folder.path / "commits" / "shard-00001.json").write_text("{")
+    (folder.files.path / "commits" / "shard-00001.json").write_text("{")
     with pytest.raises(MismatchError, match=r"shard-00001.json is not a commit .* remove it and _SUCCESS"):
         folder.commits()
 
 
 def test_a_committed_file_that_is_gone_is_named(tmp_path):
     folder, _ = encode_in_process(tiny_job(tmp_path / "run"))
-    (folder.path / folder.commits()[1].file).unlink()
+    (folder.files.path / folder.commits()[1].file).unlink()
     with pytest.raises(MismatchError, match="is missing, and shard-00001 is committed"):
-        open_weights(folder.path).to_arrow(["quality"])
+        open_weights(folder.files.path).to_arrow(["quality"])
     assert any("is missing" in m for m in verify(folder).mismatches)
 
 
 def test_a_run_of_another_format_is_refused(tmp_path):
     folder, _ = open_run(tiny_job(tmp_path / "run"))
-    path = folder.path / "job.json"
+    path = folder.files.path / "job.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
     with pytest.raises(CallerError, match="has format 99, this nfscale reads format 1"):
-        open_weights(folder.path)
+        open_weights(folder.files.path)
 
 
 def test_an_output_that_cannot_be_written_ends_the_run_and_a_repeat_completes_it(tmp_path, monkeypatch):
     job, written = tiny_job(tmp_path / "run"), []
 
-    def full(table, path):
-        written.append(path)
+    def full(table, stream):
+        written.append(stream)
         if len(written) == 2:
-            path.write_bytes(b"half a fi")
+            stream.write(b"half a fi")
             raise OSError(errno.ENOSPC, "No space left on device")
-        write_parquet(table, path)
+        write_parquet(table, stream)
 
     monkeypatch.setattr("nfscale.encode.write_parquet", full)
     with pytest.raises(EncodeError, match=r"cannot write .*: No space left on device; what is committed stays"):

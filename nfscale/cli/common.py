@@ -9,7 +9,9 @@ import typer
 
 from nfscale.errors import CallerError
 
-RunArgument = Annotated[Path, typer.Argument(help="A run folder.", metavar="DIR", show_default=False)]
+RunArgument = Annotated[
+    str, typer.Argument(help="A run folder, or its URI in an object store.", metavar="DIR", show_default=False)
+]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.", metavar="FILE")]
 
 

@@ -38,10 +38,10 @@ def encode(
     job = load_job(job_file, overrides)
     folder, plan = open_run(job, _device())
     started = time.monotonic()
-    whole = folder.is_complete and folder.report.exists() and (not job.track.enabled or folder.is_tracked)
+    whole = folder.is_complete and folder.has_report and (not job.track.enabled or folder.is_tracked)
     if whole and not (retry_failed and any(commit.failed for commit in folder.commits())):
-        summary = totals(folder, Summary(str(folder.path), job.name, was_complete=True))
-        console.print(f"{folder.path} is complete; nothing to do")
+        summary = totals(folder, Summary(str(folder), job.name, was_complete=True))
+        console.print(f"{folder} is complete; nothing to do")
     else:
         summary = _encode(job, folder, plan, console, retry_failed)
     figures = _figures(folder, summary, job.track.enabled)
@@ -51,7 +51,7 @@ def encode(
     if summary.failed > job.max_failed_fraction * max(summary.fields, 1):
         print(
             f"error: {summary.failed:,} of {summary.fields:,} data failed, more than max_failed_fraction="
-            f"{job.max_failed_fraction:g}; `nfscale status {folder.path}` says why",
+            f"{job.max_failed_fraction:g}; `nfscale status {folder}` says why",
             file=sys.stderr,
         )
         raise typer.Exit(int(ExitCode.TOO_MANY_FAILED))
@@ -60,7 +60,7 @@ def encode(
 def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console, retry_failed: bool) -> Summary:
     console.print(
         f"{job.name}: {plan.data_count:,} data, fields of {plan.layout.size:,} weights, "
-        f"{len(plan.shards())} shards, into {folder.path}"
+        f"{len(plan.shards())} shards, into {folder}"
     )
     tracker = Tracker(folder, plan, warn) if job.track.enabled else None
     display = ProgressDisplay(console)
@@ -73,7 +73,7 @@ def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console, ret
             commits = folder.commits()
             for observer in observers:
                 observer.on_start(folder, plan, commits)
-            summary = Summary(str(folder.path), job.name, was_complete=folder.is_complete)
+            summary = Summary(str(folder), job.name, was_complete=folder.is_complete)
             if not folder.is_complete or retry_failed:
                 pool = _pool(job, folder)
                 termination.install()
@@ -121,7 +121,7 @@ def _figures(folder: RunFolder, summary: Summary, tracked: bool) -> dict:
     """What the command reports, on the screen and as JSON."""
     figures = asdict(summary) | {"fields_per_second": summary.fields_per_second}
     figures |= folder.review_figures()
-    figures["table"] = str(folder.path / "data")
+    figures["table"] = folder.files.place("data")
     figures["tracking_uri"] = tracking_uri(folder) if tracked else None
     return figures
 

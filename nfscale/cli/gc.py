@@ -32,10 +32,10 @@ def gc(
             "wait for its end, or stop it"
         )
     found = folder.uncommitted()
-    figures = {"files": [str(path.relative_to(run)) for path in found], "bytes": sum(p.stat().st_size for p in found)}
+    figures = {"files": found, "bytes": sum(folder.files.size(name) or 0 for name in found)}
     if not dry_run:
-        for path in found:
-            path.unlink(missing_ok=True)
+        for name in found:
+            folder.files.remove(name)
     write_json(json_file, figures | {"removed": not dry_run})
     verb = "would be removed" if dry_run else "removed"
     Console(soft_wrap=True, highlight=False).print(f"{len(found)} files, {figures['bytes'] / 1e6:.1f} MB {verb}")

@@ -8,6 +8,7 @@ from rich.console import Console
 from nfscale.cli.common import JsonOption, RunArgument, warn, write_json
 from nfscale.review import make_report
 from nfscale.store import RunFolder
+from nfscale.store.run_folder import REPORT
 from nfscale.track import Tracker, tracking_uri
 
 
@@ -31,4 +32,4 @@ def review(
         figures["tracking_uri"] = tracking_uri(folder)
         figures["tracking_problem"] = tracker.problem
     write_json(json_file, figures)
-    Console(soft_wrap=True, highlight=False).print(f"report    {folder.report}")
+    Console(soft_wrap=True, highlight=False).print(f"report    {folder.files.place(REPORT)}")

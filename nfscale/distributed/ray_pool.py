@@ -50,7 +50,7 @@ class RayPool:
         import ray.exceptions
 
         self._ray: Any = ray
-        self._folder = os.path.abspath(folder.path)
+        self._folder = folder.files.absolute()
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             self._connect(on_cluster, workers)

@@ -21,9 +21,8 @@ import pyarrow.parquet as pq
 from nfscale.datasets import Dataset, Datum
 from nfscale.encode import OpenRun
 from nfscale.review import figures, pictures
-from nfscale.store import files
 from nfscale.store.history import quality_quantiles, sampled_histories
-from nfscale.store.run_folder import RunFolder
+from nfscale.store.run_folder import CONVERGENCE, REPORT, REVIEW_SUMMARY, RunFolder
 from nfscale.store.schema import FAILED_STATUSES, STATUS, json_bytes
 from nfscale.store.table import WeightsTable
 
@@ -56,7 +55,7 @@ def make_report(folder: RunFolder) -> dict[str, Any]:
     run, table = OpenRun(folder), WeightsTable(folder)
     rows = table.to_arrow(["datum_id", "index", "label", "status", "reason", "quality", "steps"])
     _write_convergence(table)
-    files.replace(folder.convergence.with_name("worst.csv"), _worst_csv(rows))
+    folder.files.replace("review/worst.csv", _worst_csv(rows))
     summary = _summary(run, table, rows)
     context: dict[str, Any] = {"summary": summary, "run": run, "job": json.dumps(run.plan.job, indent=1)}
     context["unit"] = unit = _unit(run.plan.quality_name)
@@ -70,8 +69,8 @@ def make_report(folder: RunFolder) -> dict[str, Any]:
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         (resources("nfscale.review") / "report.html.j2").read_text()
     )
-    files.replace(folder.review_summary, json_bytes(summary))
-    files.replace(folder.report, template.render(**context).encode())
+    folder.files.replace(REVIEW_SUMMARY, json_bytes(summary))
+    folder.files.replace(REPORT, template.render(**context).encode())
     return summary
 
 
@@ -81,7 +80,7 @@ def _summary(run: OpenRun, table: WeightsTable, rows: pa.Table) -> dict[str, Any
     quality = rows["quality"].drop_null().to_numpy()
     summary: dict[str, Any] = {
         "name": run.job.name,
-        "output": str(run.folder.path),
+        "output": str(run.folder),
         "fields": len(rows),
         "data": run.plan.data_count,
         "complete": run.folder.is_complete,
@@ -92,7 +91,7 @@ def _summary(run: OpenRun, table: WeightsTable, rows: pa.Table) -> dict[str, Any
         "table_bytes": sum(commit.bytes for commit in table.commits),
         "device_seconds": sum(commit.fit_seconds for commit in table.commits),
         "workers": len({commit.worker for commit in table.commits}),
-        "report": str(run.folder.report),
+        "report": run.folder.files.place(REPORT),
     }
     if len(quality):
         p05, p50, p95 = np.percentile(quality, [5, 50, 95])
@@ -114,7 +113,7 @@ def _galleries(run: OpenRun, table: WeightsTable, rows: pa.Table) -> dict[str, A
     if everyone:
         cells = [side for picture in everyone for side in _sides(picture)]
         sheet = pictures.encoded(pictures.grid(cells, columns=3 * _ROW), "PNG")
-        files.replace(run.folder.report.with_name("worst-median-best.png"), sheet)
+        run.folder.files.replace("review/worst-median-best.png", sheet)
     place = _place_of(run.dataset)
     if place is not None:
         return {
@@ -163,7 +162,7 @@ class _Shown:
         enlarge = max(1, 400 // max(sheets[0].shape[:2]))
         shown = [pictures.encoded(pictures.enlarged(sheet, enlarge), "PNG") for sheet in sheets]
         for side, picture in zip(("originals", "rebuilt"), shown, strict=True):
-            files.replace(self.run.folder.report.with_name(f"{side}.png"), picture)
+            self.run.folder.files.replace(f"review/{side}.png", picture)
         return {"original": pictures.data_uri(shown[0], "png"), "rebuilt": pictures.data_uri(shown[1], "png")}
 
     def canvases(self, ids: list[str], place: Callable[[str], tuple[str, int, int]]) -> list[dict[str, Any]]:
@@ -183,7 +182,7 @@ class _Shown:
             for side in ("original", "rebuilt"):
                 canvas = pictures.assembled({c: pictures.to_uint8(getattr(p, side)) for c, p in tiles.items()}, size)
                 picture = pictures.encoded(canvas, "WEBP")
-                files.replace(self.run.folder.report.with_name(f"{name}-{side}.webp"), picture)
+                self.run.folder.files.replace(f"review/{name}-{side}.webp", picture)
                 sides[side] = pictures.data_uri(picture, "webp")
             quality = [p.quality for p in tiles.values()]
             shown.append({"name": name, "tiles": len(tiles), "quality": float(np.median(quality)), **sides})
@@ -229,9 +228,10 @@ def _write_convergence(table: WeightsTable) -> None:
     """`convergence.parquet`: every column but the weights, file by file, so that memory stays bounded."""
     columns = [name for name in table.schema.names if name != "weights"]
     schema = table.schema.empty_table().select(columns).schema
-    path = table.folder.convergence
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.appearing_whole(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+    with (
+        table.folder.files.writing(CONVERGENCE) as stream,
+        pq.ParquetWriter(stream, schema, compression="zstd") as writer,
+    ):
         for commit in sorted(table.commits, key=lambda commit: commit.start):
             writer.write_table(pq.read_table(table.file_of(commit), columns=columns).cast(schema))
 

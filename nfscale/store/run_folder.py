@@ -14,7 +14,6 @@ Readers open only what the commits name, so a killed or late attempt leaves noth
 import base64
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,9 +24,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nfscale.errors import CallerError, MismatchError
+from nfscale.files import Files, open_files
 from nfscale.layout import Layout
-from nfscale.store import files, schema
+from nfscale.store import schema
 from nfscale.store.schema import LabelType
+
+REPORT = "review/report.html"
+REVIEW_SUMMARY = "review/summary.json"
+CONVERGENCE = "review/convergence.parquet"
 
 
 @dataclass(frozen=True)
@@ -159,36 +163,39 @@ class Commit:
 
 
 class RunFolder:
-    """A run folder on a local or shared file system."""
+    """A run folder, on a local or shared file system or in an object store."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, location: str | Path) -> None:
+        self.files: Files = open_files(location)
 
-    def __fspath__(self) -> str:
-        return os.fspath(self.path)
+    def __str__(self) -> str:
+        """Path or URI, as the user wrote it."""
+        return self.files.root
+
+    def _json(self, name: str) -> dict[str, Any]:
+        """A file that may not be there: then it says nothing."""
+        try:
+            return json.loads(self.files.read(name))
+        except FileNotFoundError:
+            return {}
 
     @property
-    def report(self) -> Path:
-        return self.path / "review" / "report.html"
-
-    @property
-    def review_summary(self) -> Path:
-        return self.path / "review" / "summary.json"
+    def has_report(self) -> bool:
+        return self.files.size(REPORT) is not None
 
     def review_figures(self) -> dict[str, Any]:
         """The figures of the last review; empty before the first."""
-        return json.loads(self.review_summary.read_text()) if self.review_summary.exists() else {}
+        return self._json(REVIEW_SUMMARY)
 
     @property
     def tracking(self) -> dict[str, Any]:
         """Where this run is in MLflow: tracking_uri, run_id, and whether it is there whole."""
-        record = self.path / "mlflow.json"
-        return json.loads(record.read_text()) if record.exists() else {}
+        return self._json("mlflow.json")
 
     def set_tracking(self, tracking_uri: str, run_id: str, whole: bool) -> None:
         """Remember where this run is in MLflow."""
         content = {"tracking_uri": tracking_uri, "run_id": run_id, "whole": whole}
-        files.replace(self.path / "mlflow.json", schema.json_bytes(content))
+        self.files.replace("mlflow.json", schema.json_bytes(content))
 
     @property
     def is_tracked(self) -> bool:
@@ -196,12 +203,8 @@ class RunFolder:
         return bool(self.tracking.get("whole"))
 
     @property
-    def convergence(self) -> Path:
-        return self.path / "review" / "convergence.parquet"
-
-    @property
     def is_complete(self) -> bool:
-        return (self.path / "_SUCCESS").exists()
+        return self.files.size("_SUCCESS") is not None
 
     # --- the plan
 
@@ -212,29 +215,30 @@ class RunFolder:
             CallerError: if this is no run folder, or one that a newer nfscale wrote.
         """
         try:
-            content = json.loads((self.path / "job.json").read_text())
+            content = json.loads(self.files.read("job.json"))
         except FileNotFoundError as error:
-            raise CallerError(f"{self.path} is not a run folder: it has no job.json") from error
+            raise CallerError(f"{self} is not a run folder: it has no job.json") from error
         except (OSError, ValueError) as error:
-            raise CallerError(f"{self.path / 'job.json'} cannot be read: {error}") from error
+            raise CallerError(f"{self.files.place('job.json')} cannot be read: {error}") from error
         if content.get("format") != Plan.format:
             raise CallerError(
-                f"{self.path} has format {content.get('format')}, this nfscale reads format {Plan.format}; "
+                f"{self} has format {content.get('format')}, this nfscale reads format {Plan.format}; "
                 "read it with the version that its job.json names"
             )
         return Plan.from_json(content)
 
     @property
     def has_plan(self) -> bool:
-        return (self.path / "job.json").exists()
+        return self.files.size("job.json") is not None
 
     def freeze(self, plan: Plan) -> Plan:
         """Write the plan if there is none; the plan that counts from now on.
 
         Raises:
-            CallerError: if the folder belongs to another job.
+            CallerError: if the folder belongs to another job, or its place cannot tell the first of two writers.
         """
-        files.put_if_absent(self.path / "job.json", schema.json_bytes(plan.to_json()))
+        self.files.put_if_absent("job.json", schema.json_bytes(plan.to_json()))
+        self.files.refuse_shared_names("job.json")
         frozen = self.plan()
         self.refuse_other(frozen, plan.fingerprint, plan.job)
         return frozen
@@ -250,61 +254,71 @@ class RunFolder:
         differing = sorted(_differences(frozen.job, job))
         what = f"they differ in {', '.join(differing)}" if differing else "its dataset has other ids now"
         raise CallerError(
-            f"{self.path} belongs to another job: {what}; choose another output, or repeat the job it was made with"
+            f"{self} belongs to another job: {what}; choose another output, or repeat the job it was made with"
         )
 
     # --- shards
 
-    def data_file(self, shard: Shard, attempt: str) -> Path:
+    def data_file(self, shard: Shard, attempt: str) -> str:
         """Where an attempt writes its rows."""
-        return self.path / "data" / f"{shard.name}.{attempt}.parquet"
+        return f"data/{shard.name}.{attempt}.parquet"
 
     def commit(self, commit: Commit) -> bool:
         """Make an attempt's file the one that counts; False if another attempt was first."""
-        content = schema.json_bytes(asdict(commit))
-        return files.put_if_absent(self.path / "commits" / f"{commit.shard}.json", content)
+        return self.files.put_if_absent(_commit_file(commit.shard), schema.json_bytes(asdict(commit)))
 
     def commits(self) -> list[Commit]:
         """All commits, in the order of their leases."""
-        found = [_read_commit(path) for path in sorted((self.path / "commits").glob("shard-*.json"))]
+        names = [name for name in self.files.names("commits") if name.endswith(".json")]
+        found = map(self._parsed, names, self.files.read_many(names))
         return sorted(found, key=lambda commit: commit.order)
 
     def commit_of(self, shard: Shard) -> Commit | None:
         """The commit of a shard, if it has one."""
-        path = self.path / "commits" / f"{shard.name}.json"
-        return _read_commit(path) if path.exists() else None
+        try:
+            return self._parsed(name := _commit_file(shard.name), self.files.read(name))
+        except FileNotFoundError:
+            return None
 
-    def recommit(self, commit: Commit) -> None:
-        """Put a commit in the place of the shard's former one: readers see the one or the other."""
-        files.replace(self.path / "commits" / f"{commit.shard}.json", schema.json_bytes(asdict(commit)))
+    def _parsed(self, name: str, content: bytes) -> Commit:
+        try:
+            return Commit(**json.loads(content))
+        except (ValueError, TypeError) as error:
+            raise MismatchError(
+                f"{self.files.place(name)} is not a commit ({error}); remove it and _SUCCESS, and the same encode "
+                "fits its shard again"
+            ) from error
 
-    def uncommitted(self) -> list[Path]:
+    def recommit(self, commit: Commit) -> bool:
+        """Put a commit in the place of the shard's former one: readers see the one or the other. Always True."""
+        self.files.replace(_commit_file(commit.shard), schema.json_bytes(asdict(commit)))
+        return True
+
+    def uncommitted(self) -> list[str]:
         """Files of attempts that no commit names: in flight, lost to another attempt, or left by a kill."""
         named = {commit.file for commit in self.commits()}
-        found = [*(self.path / "data").glob("*.parquet"), *self.path.rglob(".*.????????????????????????????????")]
-        return sorted(path for path in found if str(path.relative_to(self.path)) not in named)
+        return sorted({*self.files.names("data"), *self.files.unfinished()} - named)
 
     # --- the driver
 
     def beat(self, state: dict[str, Any]) -> None:
         """Say that a driver is alive, and what is in flight."""
-        files.replace(self.path / "driver.json", schema.json_bytes(state))
+        self.files.replace("driver.json", schema.json_bytes(state))
 
     def driver(self) -> dict[str, Any] | None:
         """What the last driver said, or None if it left in good order."""
-        record = self.path / "driver.json"
         try:
-            return json.loads(record.read_text())
-        except (FileNotFoundError, ValueError):
+            return self._json("driver.json") or None
+        except ValueError:
             return None
 
     def driver_left(self) -> None:
         """Say that the driver is gone in good order."""
-        (self.path / "driver.json").unlink(missing_ok=True)
+        self.files.remove("driver.json")
 
     def finish(self, rows: int) -> None:
         """Mark the run as complete."""
-        files.put_if_absent(self.path / "_SUCCESS", schema.json_bytes({"rows": rows}))
+        self.files.put_if_absent("_SUCCESS", schema.json_bytes({"rows": rows}))
 
     # --- calibration
 
@@ -318,26 +332,21 @@ class RunFolder:
         }
         buffer = io.BytesIO()
         pq.write_table(pa.table(columns), buffer, compression="zstd", use_dictionary=False)
-        return files.put_if_absent(self.path / "calibration.parquet", buffer.getvalue())
+        return self.files.put_if_absent("calibration.parquet", buffer.getvalue())
 
     @property
     def has_calibration(self) -> bool:
-        return (self.path / "calibration.parquet").exists()
+        return self.files.size("calibration.parquet") is not None
 
     def calibration(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Steps [U], typical step lengths [U] and diagonals [U, P]."""
-        table = pq.read_table(self.path / "calibration.parquet")
+        table = pq.read_table(io.BytesIO(self.files.read("calibration.parquet")))
         diagonal = table["diagonal"].combine_chunks().flatten().to_numpy()
         return table["step"].to_numpy(), table["step_rms"].to_numpy(), diagonal.reshape(table.num_rows, -1)
 
 
-def _read_commit(path: Path) -> Commit:
-    try:
-        return Commit(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise MismatchError(
-            f"{path} is not a commit ({error}); remove it and _SUCCESS, and the same encode fits its shard again"
-        ) from error
+def _commit_file(shard: str) -> str:
+    return f"commits/{shard}.json"
 
 
 def _differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> Iterator[str]:

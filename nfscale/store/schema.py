@@ -3,8 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -111,7 +110,7 @@ def to_table(rows: Sequence[Row], schema: pa.Schema, theta0: np.ndarray | None =
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def write_parquet(table: pa.Table, path: Path) -> None:
+def write_parquet(table: pa.Table, file: BinaryIO) -> None:
     """The table as Parquet: zstd, weights byte-stream-split, small row groups, a page index."""
     text = [f.name for f in table.schema if pa.types.is_string(f.type) or pa.types.is_dictionary(f.type)]
     by_column: dict[str, Any] = {
@@ -121,7 +120,7 @@ def write_parquet(table: pa.Table, path: Path) -> None:
     }
     pq.write_table(
         table,
-        path,
+        file,
         row_group_size=ROW_GROUP_ROWS,
         compression="zstd",
         compression_level=1,

@@ -6,7 +6,7 @@ Nothing here needs the dataset or the fitter: the layout, the forward and theta0
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,7 @@ DatumKey = str | int
 
 
 def open_weights(path: str | Path) -> "WeightsTable":
-    """The committed rows of a run folder.
+    """The committed rows of a run folder: a local path, or a URI such as `s3://bucket/runs/digits`.
 
     Raises:
         CallerError: if this is no run folder.
@@ -78,8 +78,9 @@ class WeightsTable:
 
     def dataset(self) -> pds.FileSystemDataset:
         """The committed files as a pyarrow dataset: filters and columns are pushed down."""
-        files = [str(self.file_of(commit)) for commit in self.commits]
-        return pds.dataset(files, schema=self.schema, format="parquet")  # type: ignore[return-value]
+        filesystem, prefix = self.folder.files.arrow()
+        files = [prefix + commit.file for commit in self.commits]
+        return pds.dataset(files, schema=self.schema, format="parquet", filesystem=filesystem)  # type: ignore
 
     def to_arrow(self, columns: Sequence[str] | None = None, filter: pc.Expression | None = None) -> pa.Table:
         """The rows as an Arrow table, sorted by `index`.
@@ -123,7 +124,7 @@ class WeightsTable:
             by_group.setdefault((file, row // ROW_GROUP_ROWS), []).append((row % ROW_GROUP_ROWS, order))
         parts, orders = [self.schema.empty_table()], []
         for (file, group), wanted in sorted(by_group.items()):
-            with pq.ParquetFile(self.folder.path / self.commits[file].file) as opened:
+            with pq.ParquetFile(self.file_of(self.commits[file])) as opened:
                 parts.append(opened.read_row_group(group).take([row for row, _ in wanted]).cast(self.schema))
             orders += [order for _, order in wanted]
         return pa.concat_tables(parts).take(np.argsort(orders)) if orders else parts[0]
@@ -163,16 +164,16 @@ class WeightsTable:
         splits = [self._split(position) for position in self._positions(keys) if position is not None]
         return [self.commits[file].start + row for file, row in splits]
 
-    def file_of(self, commit: Commit) -> Path:
-        """The file that a commit names.
+    def file_of(self, commit: Commit) -> Path | BinaryIO:
+        """The file that a commit names, for pyarrow to open.
 
         Raises:
             MismatchError: if it is gone.
         """
-        path = self.folder.path / commit.file
-        if not path.is_file():
-            raise MismatchError(f"{path} is missing, and {commit.shard} is committed; `nfscale verify` lists all")
-        return path
+        if self.folder.files.size(commit.file) is None:
+            place = self.folder.files.place(commit.file)
+            raise MismatchError(f"{place} is missing, and {commit.shard} is committed; `nfscale verify` lists all")
+        return self.folder.files.source(commit.file)
 
     def decode(self, keys: Sequence[DatumKey], shape: tuple[int, ...] | None = None) -> np.ndarray:
         """Data out of weights: [len(keys), *shape, C], in units of the full range.

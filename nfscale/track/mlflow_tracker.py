@@ -25,6 +25,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from nfscale.encode import Progress
+from nfscale.files import is_uri
+from nfscale.files.user import data_folder
 from nfscale.store.history import quality_quantiles, sampled_histories
 from nfscale.store.run_folder import Commit, Plan, RunFolder
 from nfscale.store.schema import OK_STATUSES, STATUS
@@ -36,9 +38,18 @@ _PERCENTILES = {"p05": 5, "p50": 50, "p95": 95}
 
 
 def tracking_uri(folder: RunFolder) -> str:
-    """`MLFLOW_TRACKING_URI`, or a SQLite store in the folder above the output: never in the current folder."""
-    above = folder.path.resolve().parent
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{above / 'mlruns.db'}"
+    """`MLFLOW_TRACKING_URI`, or a SQLite store in the folder above the output: never in the current folder.
+
+    SQLite does not live in an object store; for an output there the store is in the user's data folder.
+    """
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_store_folder(folder) / 'mlruns.db'}"
+
+
+def _store_folder(folder: RunFolder) -> Path:
+    """Where the SQLite store is."""
+    if is_uri(folder.files.root):
+        return data_folder().resolve()
+    return Path(folder.files.absolute()).resolve().parent
 
 
 class Tracker:
@@ -96,7 +107,7 @@ class Tracker:
                 self.problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 self._warn(
                     f"MLflow at {tracking_uri(self._folder)} does not have this run ({self.problem}); the encode "
-                    f"goes on, and `nfscale review {self._folder.path}` writes it later"
+                    f"goes on, and `nfscale review {self._folder}` writes it later"
                 )
 
 
@@ -114,7 +125,7 @@ class _Projection:
 
         self.folder, self.plan = folder, plan
         if not os.environ.get("MLFLOW_TRACKING_URI"):
-            _migrated_store(folder.path.resolve().parent / "mlruns.db")
+            _migrated_store(_store_folder(folder) / "mlruns.db")
         self.client = MlflowClient(tracking_uri(folder))
         self.run_id = self._run()
         self.logged = self._logged_orders()
@@ -159,7 +170,7 @@ class _Projection:
             "nfscale.modality": job["signal"]["kind"],
             "nfscale.dataset": job["dataset"]["kind"],
             "nfscale.fingerprint": self.plan.fingerprint,
-            "nfscale.output": str(self.folder.path.resolve()),
+            "nfscale.output": self.folder.files.absolute(),
             "mlflow.source.name": "nfscale encode",
             "mlflow.source.type": "JOB",
         }
@@ -181,7 +192,7 @@ class _Projection:
             return found.experiment_id
         location = None
         if not os.environ.get("MLFLOW_TRACKING_URI"):
-            location = (self.folder.path.resolve().parent / "mlartifacts").as_uri()
+            location = (_store_folder(self.folder) / "mlartifacts").as_uri()
         try:
             return self.client.create_experiment(name, artifact_location=location)
         except MlflowException:  # another driver created it in between
@@ -204,8 +215,8 @@ class _Projection:
         produced = Dataset(
             name=f"{job['name']} weights",
             digest=plan.fingerprint[:36],
-            source_type="local",
-            source=json.dumps({"uri": str(self.folder.path.resolve())}),
+            source_type="nfscale",
+            source=json.dumps({"uri": self.folder.files.absolute()}),
             profile=json.dumps({"rows": plan.data_count, "weights_per_field": plan.layout.size}),
             schema=json.dumps({"columns": self.plan.table_schema().names}),
         )
@@ -248,7 +259,7 @@ class _Projection:
 
     def _per_datum(self, commit: Commit) -> Iterator[tuple[str, int, float]]:
         columns = ["index", "quality", "steps", "steps_to_target"]
-        table = pq.read_table(self.folder.path / commit.file, columns=[*columns, "status"])
+        table = pq.read_table(self.folder.files.source(commit.file), columns=[*columns, "status"])
         for row in table.filter(STATUS.isin(OK_STATUSES)).to_pylist():  # a failed row may be fitted anew
             for name in columns[1:]:
                 if row[name] is not None and np.isfinite(row[name]):
@@ -292,8 +303,8 @@ class _Projection:
 
     def log_review(self) -> None:
         """What the review made: the report, its pictures, the convergence of every datum, the worst data."""
-        for path in sorted(self.folder.report.parent.iterdir()):
-            if not path.name.startswith("."):
+        for name in self.folder.files.names("review"):
+            with self.folder.files.local_copy(name) as path:
                 self.client.log_artifact(self.run_id, str(path), "review")
         if self.folder.is_complete and _MODEL_TAG not in self.client.get_run(self.run_id).data.tags:
             self._register_decoder()
@@ -314,7 +325,7 @@ class _Projection:
             logged = mlflow.pyfunc.log_model(
                 name="decoder",
                 python_model=str(Path(__file__).with_name("decoder.py")),
-                model_config={"run": str(self.folder.path.resolve())},
+                model_config={"run": self.folder.files.absolute()},
                 signature=ModelSignature(Schema(columns)),
                 pip_requirements=["nfscale"],  # inferring them starts pip and takes seconds
             )

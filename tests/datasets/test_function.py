@@ -133,8 +133,8 @@ def test_a_job_takes_its_data_from_a_function(module, tmp_path):
     dataset = {"kind": "function", "target": f"{module}:Labelled", "arguments": {"bad": True}}
     job = tiny_job(tmp_path / "run", "optimizer.kind=adam", "fit.max_steps=20", dataset=dataset)
     folder, summary = encode_in_process(job)
-    rows = open_weights(folder.path).to_arrow(columns=["datum_id", "label", "status", "reason"]).to_pylist()
+    rows = open_weights(folder.files.path).to_arrow(columns=["datum_id", "label", "status", "reason"]).to_pylist()
     assert summary.failed == 2
     assert [row["label"] for row in rows] == [0, 1, None, None, 4]
     assert rows[2]["reason"] == "RuntimeError: the disk is on fire"
-    assert np.isfinite(open_weights(folder.path).weights()[0]).all()
+    assert np.isfinite(open_weights(folder.files.path).weights()[0]).all()

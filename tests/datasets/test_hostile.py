@@ -204,7 +204,7 @@ def hostile_job(tmp_path, root, name, *overrides):
 @pytest.mark.parametrize("overrides", [(), ("optimizer.kind=adam", "fit.samples=full")], ids=["esgd", "adam-full"])
 def test_hostile_files_are_rows_and_cost_no_neighbour(tmp_path, good, overrides):
     clean, _ = encode_in_process(hostile_job(tmp_path, good, "clean", *overrides))
-    clean_rows = {row["datum_id"]: row for row in open_weights(clean.path).to_arrow().to_pylist()}
+    clean_rows = {row["datum_id"]: row for row in open_weights(clean.files.path).to_arrow().to_pylist()}
     assert set(clean_rows) >= {escaped(name) for name in [*GOOD, "link-inside.png"]}
     assert len(clean_rows) == len([path for path in good.rglob("*") if path.is_file()])
     assert {name: row["reason"] for name, row in clean_rows.items() if row["status"] != "max_steps"} == {}
@@ -212,7 +212,7 @@ def test_hostile_files_are_rows_and_cost_no_neighbour(tmp_path, good, overrides)
     bad = add_bad(good)
     assert len(GOOD) + len(bad) >= 80
     folder, summary = encode_in_process(hostile_job(tmp_path, good, "hostile", *overrides))
-    rows = {row["datum_id"]: row for row in open_weights(folder.path).to_arrow().to_pylist()}
+    rows = {row["datum_id"]: row for row in open_weights(folder.files.path).to_arrow().to_pylist()}
     assert set(rows) - set(clean_rows) == set(bad)
     assert summary.failed == len(bad)
     for name in bad:

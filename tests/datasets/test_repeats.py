@@ -67,7 +67,7 @@ def test_a_job_fits_each_repeat_from_its_own_seed(tmp_path):
     dataset = {"kind": "digits", "limit": 3, "repeats": 2}
     job = tiny_job(tmp_path / "run", "optimizer.kind=adam", "field.init=per_datum", "fit.max_steps=20", dataset=dataset)
     folder, _ = encode_in_process(job)
-    table = open_weights(folder.path)
+    table = open_weights(folder.files.path)
     rows = table.to_arrow(columns=["datum_id", "index", "label", "seed"]).to_pylist()
     assert len(rows) == 6
     for first, second in zip(rows[::2], rows[1::2], strict=True):

@@ -14,11 +14,12 @@ import pytest
 
 from nfscale.datasets import DATASETS, cache
 from nfscale.datasets.base import open_limited
-from nfscale.datasets.cache import Package, cache_folder
+from nfscale.datasets.cache import Package
 from nfscale.datasets.emoji import on_white
 from nfscale.datasets.fashion_mnist import FashionMnist, FashionMnistDataset, read_idx
 from nfscale.datasets.mnist import read_digits
 from nfscale.errors import CallerError
+from nfscale.files.user import cache_folder
 from nfscale.job import load_job
 
 JOBS = Path(__file__).resolve().parents[2] / "pipelines"

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
@@ -16,6 +15,7 @@ from nfscale.store import open_weights
 from nfscale.store.run_folder import RunFolder
 from nfscale.verify import verify
 from tests.jobs import Recorder, encode_in_process, tiny_job, tiny_settings
+from tests.processes import ancestors, command_of, descendants, killed_after
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
 
@@ -30,11 +30,11 @@ LONGER = {
 def undisturbed(tmp_path_factory):
     """The weights that every run of `LONGER` must give."""
     folder, _ = encode_in_process(tiny_job(tmp_path_factory.mktemp("undisturbed") / "run", **LONGER))
-    return open_weights(folder.path)
+    return open_weights(folder.files.path)
 
 
 def assert_equal_to(undisturbed, folder: RunFolder) -> None:
-    table = open_weights(folder.path)
+    table = open_weights(folder.files.path)
     assert sorted(table.to_arrow(["datum_id"])["datum_id"].to_pylist()) == sorted(
         undisturbed.to_arrow(["datum_id"])["datum_id"].to_pylist()
     )
@@ -67,20 +67,9 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path, undisturbed):
 def _kill_one_worker() -> int:
     """SIGKILL the newest actor process below this one; its id."""
     found = subprocess.run(["pgrep", "-f", "ray::_FitWorker"], capture_output=True, text=True).stdout.split()
-    ours = [int(pid) for pid in found if os.getpid() in _ancestors(int(pid))]
+    ours = [int(pid) for pid in found if os.getpid() in ancestors(int(pid))]
     os.kill(ours[-1], signal.SIGKILL)
     return ours[-1]
-
-
-def _ancestors(pid: int) -> list[int]:
-    line = []
-    while pid > 1:
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-        except FileNotFoundError:
-            break
-        line.append(pid)
-    return line
 
 
 def test_the_driver_killed_with_its_workers_costs_the_shards_in_flight(tmp_path, undisturbed):
@@ -88,17 +77,7 @@ def test_the_driver_killed_with_its_workers_costs_the_shards_in_flight(tmp_path,
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "nfscale", "encode", str(tmp_path / "job.yaml")]
     commits = tmp_path / "run" / "commits"
-    with open(tmp_path / "first.log", "w") as log:
-        first = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        try:
-            deadline = time.monotonic() + 120
-            while len(list(commits.glob("*.json"))) < 3 and time.monotonic() < deadline and first.poll() is None:
-                time.sleep(0.05)
-        finally:
-            workers = [pid for pid in _descendants(first.pid) if "ray::_FitWorker" in _command(pid)]
-            for pid in (first.pid, *workers):
-                os.kill(pid, signal.SIGKILL)
-            first.wait()
+    killed_after(command, lambda: len(list(commits.glob("*.json"))) >= 3, tmp_path / "first.log")
     before = {p.name: json.loads(p.read_text())["attempt"] for p in commits.glob("*.json")}
     assert 3 <= len(before) < 15, (tmp_path / "first.log").read_text()
     again = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -111,18 +90,6 @@ def test_the_driver_killed_with_its_workers_costs_the_shards_in_flight(tmp_path,
     assert_equal_to(undisturbed, folder)
 
 
-def _descendants(root: int) -> list[int]:
-    pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdecimal()]
-    return [pid for pid in pids if root in _ancestors(pid)]
-
-
-def _command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except FileNotFoundError:
-        return ""
-
-
 def test_termination_leaves_in_good_order(tmp_path):
     settings = tiny_settings(tmp_path / "run", **LONGER) | {"workers": 1, "track": {"enabled": False}}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
@@ -131,7 +98,7 @@ def test_termination_leaves_in_good_order(tmp_path):
     deadline = time.monotonic() + 120
     while not list((tmp_path / "run" / "commits").glob("*.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    workers = [pid for pid in _descendants(running.pid) if "ray::" in _command(pid)]
+    workers = [pid for pid in descendants(running.pid) if "ray::" in command_of(pid)]
     running.terminate()
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 143
@@ -139,9 +106,9 @@ def test_termination_leaves_in_good_order(tmp_path):
     assert "Traceback" not in errors
     assert workers
     deadline = time.monotonic() + 20
-    while any("ray::" in _command(pid) for pid in workers) and time.monotonic() < deadline:
+    while any("ray::" in command_of(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not [pid for pid in workers if "ray::" in _command(pid)], "no worker outlives its driver"
+    assert not [pid for pid in workers if "ray::" in command_of(pid)], "no worker outlives its driver"
 
 
 @pytest.mark.parametrize("seconds", [3.0, 5.0])

@@ -9,22 +9,23 @@ from nfscale.driver import InProcessPool, open_run
 from nfscale.review import make_report, pictures
 from nfscale.store import open_weights
 from nfscale.store.history import quality_quantiles
+from nfscale.store.run_folder import CONVERGENCE, REPORT
 from tests.jobs import Recorder, encode_in_process, tiny_job
 
 
 def test_a_report_of_a_finished_run(tmp_path):
     folder, _ = encode_in_process(tiny_job(tmp_path / "run"))
     summary = make_report(folder)
-    quality = open_weights(folder.path).to_arrow(["quality"])["quality"].to_numpy()
+    quality = open_weights(folder.files.path).to_arrow(["quality"])["quality"].to_numpy()
     assert summary["quality_median"] == pytest.approx(np.median(quality))
-    text = folder.report.read_text()
+    text = (folder.files.path / REPORT).read_text()
     assert "48 of 48 data" in text
     assert text.count("<svg") == 2
     assert text.count("data:image/png") == 2 + 3 * 18, "the mosaic's two sides, three pictures of 18 data"
-    convergence = pq.read_table(folder.convergence)
+    convergence = pq.read_table(folder.files.path / CONVERGENCE)
     assert convergence.num_rows == 48
     assert "weights" not in convergence.schema.names
-    assert (folder.report.parent / "worst.csv").read_text().count("\n") == 49
+    assert (folder.files.path / "review" / "worst.csv").read_text().count("\n") == 49
 
 
 def test_a_report_of_a_run_that_goes_on(tmp_path):
@@ -37,7 +38,7 @@ def test_a_report_of_a_run_that_goes_on(tmp_path):
         encode_in_process(job, Dies())
     folder, _ = open_run(job)
     assert make_report(folder)["fields"] == 16
-    assert "the run is not complete" in folder.report.read_text()
+    assert "the run is not complete" in (folder.files.path / REPORT).read_text()
 
 
 def test_a_report_of_a_run_without_a_commit(tmp_path):
@@ -51,8 +52,8 @@ def test_tiles_are_put_together_to_whole_pictures(tmp_path):
     job = tiny_job(tmp_path / "run", "fit.max_steps=20", "fit.samples=16", "optimizer.kind=adam", dataset=dataset)
     folder, _ = encode_in_process(job)
     make_report(folder)
-    labels = set(open_weights(folder.path).to_arrow(["label"])["label"].to_pylist())
-    made = {p.name for p in folder.report.parent.glob("*.webp")}
+    labels = set(open_weights(folder.files.path).to_arrow(["label"])["label"].to_pylist())
+    made = {p.name for p in (folder.files.path / "review").glob("*.webp")}
     assert made == {f"{label}-{side}.webp" for label in labels for side in ("original", "rebuilt")}
 
 

@@ -63,7 +63,7 @@ def test_a_file_written_today_reads_back_bit_for_bit(tmp_path):
 
 
 def test_weights_are_split_by_byte_compressed_and_without_statistics(run):
-    column = pq.ParquetFile(run.path / run.commits()[0].file).metadata.row_group(0).column(4)
+    column = pq.ParquetFile(run.files.path / run.commits()[0].file).metadata.row_group(0).column(4)
     assert column.path_in_schema.startswith("weights")
     assert "BYTE_STREAM_SPLIT" in column.encodings
     assert column.compression == "ZSTD"
@@ -71,32 +71,33 @@ def test_weights_are_split_by_byte_compressed_and_without_statistics(run):
 
 
 def test_a_field_in_the_table_is_not_nullable(run):
-    kind = open_weights(run.path).schema.field("weights")
+    kind = open_weights(run.files.path).schema.field("weights")
     assert not kind.nullable
     assert not kind.type.value_field.nullable
 
 
 def test_rows_come_in_the_order_asked_for(run):
-    table = open_weights(run.path)
+    table = open_weights(run.files.path)
     ids = table.to_arrow(["datum_id"])["datum_id"].to_pylist()
     wanted = [ids[40], ids[3], ids[3], ids[17]]
     assert table.rows(wanted)["datum_id"].to_pylist() == wanted
 
 
 def test_data_are_found_by_id_and_by_index(run):
-    table = open_weights(run.path)
+    table = open_weights(run.files.path)
     row = table.to_arrow(["datum_id", "index"]).slice(5, 1).to_pylist()[0]
     assert (table.decode([row["datum_id"]]) == table.decode([row["index"]])).all()
 
 
 def test_a_stranger_decodes_by_what_job_json_says(run):
     """Layout, forward and output affine, by numpy alone."""
-    job = json.loads((run.path / "job.json").read_text())
+    job = json.loads((run.files.path / "job.json").read_text())
     keys, output = job["forward"]["field"]["keys"], job["forward"]["signal"]["output"]
     axis = (2 * np.arange(8) + 1) / 8 - 1
     coordinates = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(64, 2)
     images = load_digits().images / 16
-    table = pq.read_table(run.path / json.loads((run.path / "commits" / "shard-00000.json").read_text())["file"])
+    root = run.files.path
+    table = pq.read_table(root / json.loads((root / "commits" / "shard-00000.json").read_text())["file"])
     for row in table.slice(0, 5).to_pylist():
         weights = np.array(row["weights"])
         tensors = {
@@ -113,7 +114,7 @@ def test_a_stranger_decodes_by_what_job_json_says(run):
 
 
 def test_a_field_decodes_at_any_shape(run):
-    table = open_weights(run.path)
+    table = open_weights(run.files.path)
     some = table.to_arrow(["index"])["index"].to_pylist()[:3]
     assert table.decode(some, (5, 11)).shape == (3, 5, 11, 1)
     alone = table.decode(some[:1], (5, 11))
@@ -121,7 +122,7 @@ def test_a_field_decodes_at_any_shape(run):
 
 
 def test_unknown_data_and_columns_are_the_callers_mistake(run):
-    table = open_weights(run.path)
+    table = open_weights(run.files.path)
     with pytest.raises(CallerError, match=r"no committed row for \['nobody'\]"):
         table.decode(["nobody"])
     with pytest.raises(CallerError, match="unknown columns"):
@@ -134,7 +135,7 @@ def test_a_folder_without_a_run_is_the_callers_mistake(tmp_path):
 
 
 def test_the_torch_dataset_is_standardised_differences_from_theta0(run):
-    table = open_weights(run.path)
+    table = open_weights(run.files.path)
     raw, labels = table.torch_dataset(standardize=None).tensors
     assert np.allclose(raw.numpy() + table.theta0, table.weights(), atol=1e-6)
     assert set(labels.tolist()) <= set(range(10))
@@ -144,6 +145,6 @@ def test_the_torch_dataset_is_standardised_differences_from_theta0(run):
 
 
 def test_the_layout_in_the_plan_is_the_layout_in_the_files(run):
-    schema = pq.read_schema(run.path / run.commits()[0].file)
+    schema = pq.read_schema(run.files.path / run.commits()[0].file)
     assert layout_of(schema) == run.plan().layout == Layout.from_json(run.plan().layout.to_json())
     assert pa.types.is_fixed_size_list(schema.field("weights").type)

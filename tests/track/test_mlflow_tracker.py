@@ -54,12 +54,12 @@ def tracked(tmp_path_factory):
 
 def test_the_store_is_beside_the_output(tracked):
     folder, _ = tracked
-    assert (folder.path.parent / "mlruns.db").exists()
+    assert (folder.files.path.parent / "mlruns.db").exists()
 
 
 def test_per_datum_points_are_those_of_the_table(tracked):
     folder, run_id = tracked
-    table = {row["index"]: row for row in open_weights(folder.path).to_arrow().to_pylist()}
+    table = {row["index"]: row for row in open_weights(folder.files.path).to_arrow().to_pylist()}
     for name in ("quality", "steps", "steps_to_target"):
         expected = {index: row[name] for index, row in table.items() if row[name] is not None}
         points = {m.step: m.value for m in client_of(folder).get_metric_history(run_id, f"datum/{name}")}
@@ -76,7 +76,7 @@ def test_params_tags_inputs_and_totals(tracked):
     assert run.data.tags["nfscale.fingerprint"] == folder.plan().fingerprint
     assert {i.dataset.name for i in run.inputs.dataset_inputs} == {"digits", "tiny weights"}
     assert sum(v for k, v in run.data.metrics.items() if k.startswith("count/")) == 48
-    quality = open_weights(folder.path).to_arrow(["quality"])["quality"].to_numpy()
+    quality = open_weights(folder.files.path).to_arrow(["quality"])["quality"].to_numpy()
     assert run.data.metrics["quality/mean"] == pytest.approx(quality.mean())
     medians = client_of(folder).get_metric_history(run_id, "convergence/quality_p50")
     assert [m.step for m in medians] == [0, 20, 40, 60]
@@ -121,7 +121,7 @@ def test_the_review_and_a_model_that_decodes_are_artifacts_of_the_run(tracked, m
     assert "MLFLOW_TRACKING_URI" not in os.environ, "the store of one run must not become that of the next"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(folder))
     model = mlflow.pyfunc.load_model(f"models:/nfscale-tiny/{version.version}")
-    table = open_weights(folder.path)
+    table = open_weights(folder.files.path)
     ids = table.to_arrow(["datum_id"])["datum_id"].to_pylist()[:2]
     assert (np.stack(model.predict(pd.DataFrame({"datum_id": ids}))) == table.decode(ids)).all()
     (large,) = model.predict(pd.DataFrame({"datum_id": ids[:1], "height": [20], "width": [30]}))
@@ -133,7 +133,7 @@ def test_a_run_that_was_killed_is_continued(tmp_path, tracked):
 
     home = tmp_path / "runs"
     home.mkdir()
-    shutil.copy(tracked[0].path.parent / "mlruns.db", home / "mlruns.db")  # migrated already: saves seconds
+    shutil.copy(tracked[0].files.path.parent / "mlruns.db", home / "mlruns.db")  # migrated already: saves seconds
 
     class Dies(Recorder):
         def on_commit(self, commit):
@@ -153,7 +153,7 @@ def test_a_run_that_was_killed_is_continued(tmp_path, tracked):
 
 def test_a_driver_killed_while_it_opened_the_run_leaves_no_second_one(tracked):
     folder, run_id = tracked
-    record = folder.path / "mlflow.json"
+    record = folder.files.path / "mlflow.json"
     before = record.read_bytes()
     record.unlink()  # as if the driver had died between creating the run and writing down which it is
     try:
@@ -183,7 +183,7 @@ def test_a_server_that_is_down_is_a_warning_and_is_made_up_for_later(tmp_path, m
     assert len(warnings) == 1
     assert "does not have this run" in warnings[0]
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    shutil.copy(tracked[0].path.parent / "mlruns.db", home / "mlruns.db")
+    shutil.copy(tracked[0].files.path.parent / "mlruns.db", home / "mlruns.db")
     folder, tracker, warnings = encode_tracked(tiny_job(home / "run"))
     assert not warnings
     assert len(client_of(folder).get_metric_history(tracker.run_id, "datum/quality")) == 48
@@ -193,7 +193,7 @@ def test_a_large_job_has_no_points_per_datum(tmp_path, tracked):
     import shutil
 
     (tmp_path / "runs").mkdir()
-    shutil.copy(tracked[0].path.parent / "mlruns.db", tmp_path / "runs" / "mlruns.db")
+    shutil.copy(tracked[0].files.path.parent / "mlruns.db", tmp_path / "runs" / "mlruns.db")
     job = tiny_job(tmp_path / "runs" / "large", track={"per_datum_limit": 47})
     folder, tracker, _ = encode_tracked(job)
     assert client_of(folder).get_metric_history(tracker.run_id, "datum/quality") == []
