@@ -111,6 +111,8 @@ class StoreSection(_Section):
 
     dtype: StoreDtype = "float32"
     shard_fields: PositiveInt | Literal["auto"] = "auto"
+    ipc_copy: bool = False
+    """Beside the table, an uncompressed Arrow IPC copy for training (weights.arrow), which is memory-mapped."""
 
 
 class TrackSection(_Section):

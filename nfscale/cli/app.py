@@ -5,6 +5,7 @@ import sys
 
 import typer
 
+from nfscale.cli.benchmark import benchmark
 from nfscale.cli.decode import decode
 from nfscale.cli.encode import encode
 from nfscale.cli.gc import gc
@@ -22,6 +23,10 @@ app = typer.Typer(
 )
 for command in (encode, status, decode, verify, review, gc):
     app.command()(command)
+# Its arguments are parsed where torch and numpy are all there is.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(
+    benchmark
+)
 
 
 def main() -> None:

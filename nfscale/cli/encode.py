@@ -16,7 +16,8 @@ from nfscale.errors import ExitCode, NfscaleError
 from nfscale.job import EncodeJob, load_job
 from nfscale.review import make_report
 from nfscale.store import RunFolder
-from nfscale.store.run_folder import Plan
+from nfscale.store.ipc import write_ipc_copy
+from nfscale.store.run_folder import IPC_COPY, Plan
 from nfscale.track import Tracker, tracking_uri
 
 _TRACKER_SECONDS = 120.0  # that MLflow may take at the end; the next start writes what is missing then
@@ -39,6 +40,7 @@ def encode(
     folder, plan = open_run(job, _device())
     started = time.monotonic()
     whole = folder.is_complete and folder.has_report and (not job.track.enabled or folder.is_tracked)
+    whole = whole and (not job.store.ipc_copy or folder.files.size(IPC_COPY) is not None)
     if whole and not (retry_failed and any(commit.failed for commit in folder.commits())):
         summary = totals(folder, Summary(str(folder), job.name, was_complete=True))
         console.print(f"{folder} is complete; nothing to do")
@@ -81,6 +83,8 @@ def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console, ret
                 display.close()
                 pool.close()
                 pool = None
+            if job.store.ipc_copy:
+                write_ipc_copy(folder)
             make_report(folder)
             if tracker:
                 tracker.log_review()

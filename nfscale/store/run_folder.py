@@ -6,6 +6,7 @@
     commits/shard-00042.json           put-if-absent: names the one file that counts
     _SUCCESS                           when every datum has a row
     driver.json                        while a driver runs: where, its last sign of life, what is in flight
+    weights.arrow                      where the job wants it: an uncompressed copy for training
     review/                            report and pictures
 
 Readers open only what the commits name, so a killed or late attempt leaves nothing that anyone sees.
@@ -32,6 +33,7 @@ from nfscale.store.schema import LabelType
 REPORT = "review/report.html"
 REVIEW_SUMMARY = "review/summary.json"
 CONVERGENCE = "review/convergence.parquet"
+IPC_COPY = "weights.arrow"
 
 
 @dataclass(frozen=True)
@@ -352,7 +354,7 @@ def _commit_file(shard: str) -> str:
 def _differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """Dotted keys whose values differ, without those that change no result."""
     free = {"output", "workers", "max_workers", "track", "checkpoint_minutes", "max_failed_fraction", "name"}
-    free |= {"fit.batch", "fit.step", "store.shard_fields"}
+    free |= {"fit.batch", "fit.step", "store.shard_fields", "store.ipc_copy"}
     for key in one.keys() | other.keys():
         name = prefix + key
         if name in free or one.get(key) == other.get(key):

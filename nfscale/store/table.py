@@ -102,7 +102,18 @@ class WeightsTable:
 
     def weights(self, filter: pc.Expression | None = None) -> np.ndarray:
         """The weights alone, sorted by `index`: float32 [rows, P]."""
-        return self.matrix(self.to_arrow(["weights"], filter)["weights"])
+        rows = self.training_table() if filter is None else self.to_arrow(["weights"], filter)
+        return self.matrix(rows["weights"])
+
+    def training_table(self) -> pa.Table:
+        """What training needs of each row, sorted by `index`: ids, labels, splits, weights, status, quality.
+
+        Memory-mapped where the job has made a copy for that (`store.ipc_copy`), else read from the Parquet files.
+        """
+        from nfscale.store import ipc  # it reads this module
+
+        mapped = ipc.ipc_copy(self)
+        return self.to_arrow(list(ipc.COLUMNS)) if mapped is None else mapped
 
     def matrix(self, column: pa.ChunkedArray) -> np.ndarray:
         """A column of weights, whatever it is rounded to, as the weights that decode: float32 [rows, P]."""
@@ -216,8 +227,7 @@ class WeightsTable:
                 where the dataset has no splits); None leaves them as they are. Text labels become their
                 ranks in sorted order.
         """
-        table = self.to_arrow(["weights", "label", "split", "status"])
-        table = table.filter(STATUS.isin(OK_STATUSES))
+        table = self.training_table().filter(STATUS.isin(OK_STATUSES))
         weights = torch.from_numpy(self.matrix(table["weights"]))
         if self.theta0 is not None:
             weights = weights - torch.from_numpy(self.theta0)
