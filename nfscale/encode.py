@@ -12,7 +12,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -30,7 +30,7 @@ from nfscale.fields import Field, theta0_of
 from nfscale.job import FORMAT_VERSION, EncodeJob
 from nfscale.optim import Optimizer
 from nfscale.rng import datum_seed
-from nfscale.signals import SIGNALS, Samples, Signal
+from nfscale.signals import SIGNALS, Kind, Samples, Signal
 from nfscale.store.run_folder import Commit, Plan, RunFolder, Shard
 from nfscale.store.schema import OK_STATUSES, STATUS, LabelType, Row, restored, stored, to_table, write_parquet
 
@@ -228,20 +228,21 @@ def calibrate_run(run: OpenRun) -> None:
 
 
 def _calibration_samples(run: OpenRun) -> list[tuple[str, Samples]]:
-    """The first `calibration_data` readable data of one sample count, or all of the commonest count."""
+    """The first `calibration_data` readable data of one kind, or all of the commonest kind."""
     wanted = run.job.optimizer.calibration_data
-    by_count: dict[int, list[tuple[str, Samples]]] = {}
+    by_kind: dict[Kind, list[tuple[str, Samples]]] = {}
     for position in run.plan.calibration_positions:
         datum = run.dataset.read(position)
         prepared = _prepared(run.signal, datum)
         if isinstance(prepared, Samples):
-            group = by_count.setdefault(len(prepared.values), [])
+            prepared = replace(prepared, heldout=None)
+            group = by_kind.setdefault(prepared.kind, [])
             group.append((datum.id, prepared))
             if len(group) == wanted:
                 return group
-    if not by_count:
+    if not by_kind:
         raise EncodeError("none of the data drawn for the calibration can be read; see `nfscale status` after a fit")
-    return max(by_count.values(), key=len)
+    return max(by_kind.values(), key=len)
 
 
 def _prepared(signal: Signal, datum: Datum) -> Samples | str:
@@ -367,7 +368,7 @@ def _fitted(run: OpenRun, shard: Shard, attempt: str, rows: dict[str, Row], know
 
 def _fill(row: Row, fitted: Fitted) -> None:
     row.status, row.weights = str(fitted.result), fitted.weights.numpy()
-    row.loss, row.quality = fitted.loss, fitted.quality
+    row.loss, row.quality, row.quality_heldout = fitted.loss, fitted.quality, fitted.quality_heldout
     row.steps, row.steps_to_target = fitted.steps, fitted.steps_to_target
     row.history_step, row.history_quality = fitted.history_step, fitted.history_quality
     row.wall_seconds = fitted.wall_seconds
@@ -395,6 +396,8 @@ def _measure_rounded(run: OpenRun, shard: Shard, rows: dict[str, Row]) -> None:
         samples = stack_samples([prepared] * 2, torch.device("cpu"))
         loss, quality = evaluate(run.field, run.signal, pair, samples)
         row.loss, row.quality = float(loss[0]), float(quality[0])
+        if samples.heldout is not None:
+            row.quality_heldout = float(evaluate(run.field, run.signal, pair, samples.heldout)[1][0])
 
 
 @contextlib.contextmanager

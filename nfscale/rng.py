@@ -27,6 +27,7 @@ class Stream(IntEnum):
     INIT = 0
     SAMPLING = 1
     PROBE = 2
+    JITTER = 3
 
 
 def datum_seed(seed: int, datum_id: str) -> int:

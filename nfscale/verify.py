@@ -5,15 +5,15 @@ at its own samples and its quality measured anew against the dataset.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 
 from nfscale.encode import OpenRun
-from nfscale.engine.step import evaluate
-from nfscale.signals import Samples
+from nfscale.engine.step import evaluate, stack_samples
+from nfscale.signals import Kind, Samples
 from nfscale.store.run_folder import Commit, RunFolder
 from nfscale.store.schema import FAILED_STATUSES, restored
 from nfscale.store.table import as_matrix
@@ -86,7 +86,7 @@ def _measure(run: OpenRun, commit: Commit, found: Verification) -> None:
     columns = ["datum_id", "weights", "quality", "status"]
     table = pq.read_table(run.folder.files.source(commit.file), columns=columns)
     place = {datum_id: position for position, datum_id in enumerate(run.dataset.ids[commit.start : commit.stop])}
-    by_count: dict[int, list[tuple[str, np.ndarray, float, Samples]]] = {}
+    by_kind: dict[Kind, list[tuple[str, np.ndarray, float, Samples]]] = {}
     weights = restored(as_matrix(table["weights"]), run.plan.dtype, run.plan.theta0)
     rows = table.drop_columns(["weights"])
     for row, vector in zip(rows.to_pylist(), weights, strict=True):
@@ -99,13 +99,14 @@ def _measure(run: OpenRun, commit: Commit, found: Verification) -> None:
             found.mismatches.append(f"datum {datum.id!r} cannot be read any more: {datum.error}")
             continue
         samples = run.signal.samples(datum.array)
-        by_count.setdefault(len(samples.values), []).append((datum.id, vector, row["quality"], samples))
-    for group in by_count.values():
+        samples = replace(samples, heldout=None)
+        by_kind.setdefault(samples.kind, []).append((datum.id, vector, row["quality"], samples))
+    for group in by_kind.values():
         _, quality = evaluate(
             run.field,
             run.signal,
             torch.from_numpy(np.stack([vector for _, vector, _, _ in group])),
-            Samples(torch.stack([s.coordinates for *_, s in group]), torch.stack([s.values for *_, s in group])),
+            stack_samples([samples for *_, samples in group], torch.device("cpu")),
         )
         for (datum_id, _, recorded, _), measured in zip(group, quality.tolist(), strict=True):
             found.decoded += 1

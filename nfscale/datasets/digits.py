@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 
@@ -23,10 +24,12 @@ class Digits:
 class DigitsDataset(Dataset):
     @cached_property
     def _bunch(self) -> tuple[np.ndarray, np.ndarray]:
-        from sklearn.datasets import load_digits
-
-        bunch: Any = load_digits()
-        return (bunch.images / _PEAK).astype(np.float32), bunch.target
+        # The package is not imported: it brings scipy, which takes seconds and hundreds of megabytes of addresses.
+        package = find_spec("sklearn")
+        assert package is not None, "it is required"
+        (root,) = package.submodule_search_locations or [""]
+        rows = np.loadtxt(Path(root) / "datasets" / "data" / "digits.csv.gz", delimiter=",", dtype=np.float32)
+        return rows[:, :-1].reshape(-1, 8, 8) / np.float32(_PEAK), rows[:, -1].astype(np.int64)
 
     @cached_property
     def ids(self) -> Sequence[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nfscale.engine.calibrate import Calibration
 from nfscale.engine.sampling import Sampler
-from nfscale.engine.step import gather_samples, plain_gradient, plain_gradient_and_hvp
+from nfscale.engine.step import plain_gradient, plain_gradient_and_hvp, training_samples
 from nfscale.fields import Field
 from nfscale.layout import Params
 from nfscale.optim import Extra, Optimizer
@@ -21,6 +21,9 @@ from nfscale.signals import Samples, Signal
 
 MINIMUM_SLOTS = 2
 _ROWS = "rows"
+_DRAWN_STEPS = 20
+"""Steps whose samples are drawn at once. Drawing for each step alone would cost a tenth of the step; for more steps
+at once it saves nothing and takes memory that grows with `check_every`."""
 
 
 @dataclass
@@ -44,7 +47,7 @@ class Slot:
 
 
 class Batch:
-    """F fields of equal sample count that step together."""
+    """F fields, of data of one kind, that step together."""
 
     def __init__(
         self,
@@ -84,27 +87,7 @@ class Batch:
 
     def data(self) -> list[tuple[str, Samples]]:
         """The data in the occupied slots, as they were put in."""
-        mask = self.samples.mask
-        return [
-            (
-                self.slot(index).id,
-                Samples(
-                    self.samples.coordinates[index].cpu(),
-                    self.samples.values[index].cpu(),
-                    None if mask is None else mask[index].cpu(),
-                ),
-            )
-            for index in self.occupied
-        ]
-
-    def picked(self, indices: list[int]) -> tuple[Tensor, Samples]:
-        """Rows and samples of these slots; without a copy where these are all slots in order."""
-        if indices == list(range(len(self.slots))):
-            return self.rows, self.samples
-        mask = self.samples.mask
-        return self.rows[indices], Samples(
-            self.samples.coordinates[indices], self.samples.values[indices], None if mask is None else mask[indices]
-        )
+        return [(self.slot(index).id, self.samples.map(lambda t, i=index: t[i].cpu())) for index in self.occupied]
 
     def remember(self, indices: list[int]) -> None:
         """Keep the current params of these slots as their best."""
@@ -113,11 +96,13 @@ class Batch:
 
     def advance(self, count: int) -> None:
         """`count` steps of every slot; nothing here waits for the device."""
-        full = self.sampler.is_full
-        positions = None if full else self.sampler.positions(self.seeds, self.steps, count)
-        diagonal, step_rms = None, None
+        positions, diagonal, step_rms = None, None, None
         for index in range(count):
-            part = self.samples if positions is None else gather_samples(self.samples, positions[:, index])
+            place = index % _DRAWN_STEPS
+            if place == 0 and not self.sampler.is_full:
+                positions = self.sampler.positions(self.seeds, self.steps, min(_DRAWN_STEPS, count - index))
+            drawn = None if positions is None else positions[:, place]
+            part = training_samples(self.signal, self.samples, drawn, self.seeds, self.steps)
             hv, wanted = None, None
             if "hv" in self.optimizer.needs and index % self._cadence == 0:
                 wanted = self.optimizer.wants_curvature(self.steps)
@@ -145,10 +130,12 @@ class Batch:
     def fill(self, index: int, slot: Slot, row: Tensor, samples: Samples) -> None:
         """Put a datum into a slot, as new: its row, its samples, an empty optimiser state."""
         self.slots[index] = slot
-        self.samples.coordinates[index] = samples.coordinates
-        self.samples.values[index] = samples.values
-        if self.samples.mask is not None and samples.mask is not None:
-            self.samples.mask[index] = samples.mask
+
+        def put(ours: Tensor, theirs: Tensor) -> Tensor:
+            ours[index] = theirs
+            return ours
+
+        self.samples = self.samples.map(put, samples)
         self.seeds[index] = slot.seed - (1 << 64) if slot.seed >= (1 << 63) else slot.seed
         self.reset(index, slot, row)
 
@@ -164,8 +151,8 @@ class Batch:
 
     def keep(self, indices: list[int]) -> None:
         """Drop all slots but these."""
-        self.rows, self.samples = self.picked(indices)
-        self.best_rows = self.best_rows[indices]
+        self.rows, self.best_rows = self.rows[indices], self.best_rows[indices]
+        self.samples = self.samples.map(lambda tensor: tensor[indices])
         self.seeds, self.steps, self.rate = self.seeds[indices], self.steps[indices], self.rate[indices]
         self.state = _pick(self.state, indices)
         self.slots = [self.slots[index] for index in indices]

@@ -7,7 +7,7 @@ and depends on no neighbour of the field that uses it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nfscale.engine.result import Stop
 from nfscale.engine.sampling import Sampler, Sampling
-from nfscale.engine.step import evaluate, gather_samples, plain_gradient, plain_gradient_and_hvp, stack_samples
+from nfscale.engine.step import evaluate, plain_gradient, plain_gradient_and_hvp, stack_samples, training_samples
 from nfscale.fields import Field, theta0_of
 from nfscale.optim.base import Extra
 from nfscale.optim.esgd import ESGD, rms_of
@@ -62,18 +62,22 @@ def calibrate(
     Ends when the median quality reaches the target: what comes later is of no use to fields that stop there.
 
     Args:
-        data: (id, samples) pairs of one sample count; 32 are enough for photographs.
+        data: (id, samples) pairs of one sample count; 32 are enough for photographs. What they hold back is not
+            looked at.
         theta0: float32 [P], the params that all fields start from; by default those of `fit` for this seed.
         samples, sampling: as in `fit`.
 
     Raises:
         ValueError: if the data have different sample counts, or there are none.
     """
+    data = [(datum_id, replace(part, heldout=None)) for datum_id, part in data]
     counts = sorted({len(part.values) for _, part in data})
     if len(counts) != 1:
         raise ValueError(f"a calibration takes data of one sample count, got counts {counts}")
+    if len({part.kind for _, part in data}) != 1:
+        raise ValueError("a calibration takes data that agree in what they are checked on and in having masks")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    data = list(data) if len(data) > 1 else [data[0]] * 2  # a lone field rounds differently
+    data = data if len(data) > 1 else [data[0]] * 2  # a lone field rounds differently
     batch = stack_samples([part for _, part in data], device)
     seeds = as_tensor([datum_seed(seed, datum_id) for datum_id, _ in data], device)
     sampler = Sampler(counts[0], counts[0] if samples == "full" else samples, sampling)
@@ -87,7 +91,8 @@ def calibrate(
     for first in range(0, stop.max_steps, stop.cadence):
         positions = None if sampler.is_full else sampler.positions(seeds, steps, stop.cadence)
         for index in range(stop.cadence):
-            part = batch if positions is None else gather_samples(batch, positions[:, index])
+            drawn = None if positions is None else positions[:, index]
+            part = training_samples(signal, batch, drawn, seeds, steps)
             if (first + index) % optimizer.update_every == 0:
                 for repeat in range(_FIRST_PROBES if first + index == 0 else 1):
                     # A step has one probe; the extra probes at theta0 count down from -1.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nfscale.engine.batch import MINIMUM_SLOTS, Batch, Slot
 from nfscale.engine.calibrate import Calibration
+from nfscale.engine.memory import batch_slots, estimated_field_bytes, is_out_of_memory, measured_field_bytes
 from nfscale.engine.result import Fitted, Result, Stop
 from nfscale.engine.sampling import Sampler, Sampling
 from nfscale.engine.step import evaluate, stack_samples
@@ -24,10 +25,8 @@ from nfscale.fields import Field, theta0_of
 from nfscale.optim import Optimizer
 from nfscale.rng import as_tensor, datum_seed
 from nfscale.signals import Samples, Signal
+from nfscale.signals.base import Kind
 
-_CPU_BATCH_BYTES = 24 << 20  # activations, data and state of a batch: larger ones leave the cache and gain nothing
-_CUDA_BATCH_FRACTION = 0.5  # of the free device memory
-_MAX_SLOTS = {"cpu": 1024, "cuda": 16384}
 _FALLEN = 10.0
 """A field has diverged when its loss is this many times its best, and within the same factor of its start:
 lost for good, while a spike of a field that is already good recovers as the learning rate decays."""
@@ -63,13 +62,14 @@ def fit(
     """Fit one field to each datum; fields come out in the order in which they finish.
 
     Args:
-        data: (id, samples) pairs, read as slots free up. Data of equal sample count share a batch; those with
-            and without a mask do not.
+        data: (id, samples) pairs, read as slots free up. Data of one kind share a batch: equal counts of samples, of
+            samples to check and of samples held back, and a mask in all or none.
         init: "shared" starts every field from one draw of `seed`, "per_datum" from the datum's own;
             a tensor [P] is the shared start itself.
         samples: how many of a field's samples enter a step.
         calibration: curvature shared by the fields, for optimisers that need it.
-        batch: slots; "auto" chooses by the memory a field takes. Halved where that turns out to be too many.
+        batch: slots; "auto" chooses by the memory that a field takes in two steps on trial. Halved where
+            that turns out to be too many.
         clock: seconds, for `wall_seconds`; without one they stay 0.
         observe: called after each check.
 
@@ -94,6 +94,7 @@ def fit(
         device=device,
         clock=clock or (lambda: 0.0),
         observe=observe or (lambda check: None),
+        capacities={},
     )
     return loop.run_all(_Queue(data))
 
@@ -115,34 +116,11 @@ def _shared_start(
     return theta0_of(field, seed).to(device) if init == "shared" else None
 
 
-def batch_slots(field: Field, samples: int, available: int, device: torch.device) -> int:
-    """How many fields fit together: bounded by the memory that activations, data and state take."""
-    widest = max(entry.shape[0] for entry in field.layout.entries)
-    layers = len(field.layout.entries) // 2
-    per_field = 4 * (3 * layers * samples * widest + 8 * available + 10 * field.layout.size)
-    if device.type == "cuda":
-        budget = int(torch.cuda.mem_get_info(device)[0] * _CUDA_BATCH_FRACTION)
-    else:
-        budget = _CPU_BATCH_BYTES
-    return max(MINIMUM_SLOTS, min(budget // per_field, _MAX_SLOTS.get(device.type, 1024)))
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What data must have in common to share a batch."""
-
-    count: int
-    """Samples."""
-    masked: bool
-
-    @classmethod
-    def of(cls, samples: Samples) -> "_Kind":
-        return cls(len(samples.values), samples.mask is not None)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """On a GPU torch has a class for it, on a CPU only the words of its allocator."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _padded(indices: list[int], slots: int) -> list[int] | None:
+    """At least `MINIMUM_SLOTS` of them, since a lone field rounds differently; None for all slots in order."""
+    if indices == list(range(slots)):
+        return None
+    return indices + indices[:1] * (MINIMUM_SLOTS - len(indices))
 
 
 class _Queue:
@@ -150,27 +128,31 @@ class _Queue:
 
     def __init__(self, data: Iterable[tuple[str, Samples]]) -> None:
         self._data = iter(data)
-        self._waiting: dict[_Kind, deque[tuple[str, Samples]]] = {}
+        self._waiting: dict[Kind, deque[tuple[str, Samples]]] = {}
 
     def _read(self) -> bool:
         """Read one more datum; False at the end."""
         datum = next(self._data, None)
         if datum is None:
             return False
-        self._waiting.setdefault(_Kind.of(datum[1]), deque()).append(datum)
+        self._waiting.setdefault(datum[1].kind, deque()).append(datum)
         return True
 
-    def most_waiting(self) -> _Kind | None:
+    def most_waiting(self) -> Kind | None:
         """The kind of which most data wait; reads one datum where none waits."""
         if not any(self._waiting.values()) and not self._read():
             return None
         return max(self._waiting, key=lambda kind: len(self._waiting[kind]))
 
-    def put_back(self, kind: _Kind, data: list[tuple[str, Samples]]) -> None:
+    def next_of(self, kind: Kind) -> tuple[str, Samples]:
+        """The datum of this kind that comes next, left in the line."""
+        return self._waiting[kind][0]
+
+    def put_back(self, kind: Kind, data: list[tuple[str, Samples]]) -> None:
         """Data that were taken and go to the head of the line again."""
         self._waiting[kind].extendleft(reversed(data))
 
-    def take(self, kind: _Kind, lookahead: int) -> tuple[str, Samples] | None:
+    def take(self, kind: Kind, lookahead: int) -> tuple[str, Samples] | None:
         """The next datum of this kind, passing over at most `lookahead` data of other kinds."""
         line = self._waiting.setdefault(kind, deque())
         while not line and sum(len(other) for other in self._waiting.values()) < lookahead:
@@ -194,19 +176,20 @@ class _Loop:
     device: torch.device
     clock: Callable[[], float]
     observe: Callable[[Check], None]
+    capacities: dict[Kind, int]
+    """Slots by kind of data, once they are known; fewer where those turned out to be too many."""
 
     def run_all(self, queue: _Queue) -> Iterator[Fitted]:
         """Fit all data, one kind after the other."""
         while (kind := queue.most_waiting()) is not None:
             yield from self.run(queue, kind)
 
-    def run(self, queue: _Queue, kind: _Kind) -> Iterator[Fitted]:
+    def run(self, queue: _Queue, kind: Kind) -> Iterator[Fitted]:
         """Fit data of one kind until no more of them wait."""
         available = kind.count
         sampler = Sampler(available, available if self.samples == "full" else self.samples, self.sampling)
-        capacity = self.batch
-        if capacity == "auto":
-            capacity = batch_slots(self.field, min(sampler.per_step, available), available, self.device)
+        capacity = self.capacities.get(kind) or self._capacity(queue.next_of(kind), sampler)
+        self.capacities[kind] = capacity
         batch = self._new_batch(queue, kind, sampler, capacity)
         self._look(batch, batch.occupied)
         while batch.occupied:
@@ -214,10 +197,10 @@ class _Loop:
             try:
                 measured = self._advance(batch, active)
             except RuntimeError as error:
-                if not _is_out_of_memory(error) or len(batch.slots) <= MINIMUM_SLOTS:
+                if not is_out_of_memory(error) or len(batch.slots) <= MINIMUM_SLOTS:
                     raise
                 # Fields begin again: their numbers are keyed by their own steps, so they end as they would have.
-                capacity = len(batch.slots) // 2
+                self.capacities[kind] = capacity = len(batch.slots) // 2
                 queue.put_back(kind, batch.data())
                 del batch
                 batch = self._new_batch(queue, kind, sampler, capacity)
@@ -255,33 +238,47 @@ class _Loop:
         seeds = as_tensor([datum_seed(self.seed, datum_id)], self.device)
         return self.field.layout.ravel(self.field.init(seeds))[0]
 
-    def _new_batch(self, queue: _Queue, kind: _Kind, sampler: Sampler, capacity: int) -> Batch:
+    def _new_batch(self, queue: _Queue, kind: Kind, sampler: Sampler, capacity: int) -> Batch:
         taken = []
         while len(taken) < capacity and (datum := queue.take(kind, capacity)) is not None:
             taken.append(datum)
-        slots: list[Slot | None] = [Slot(datum_id, datum_seed(self.seed, datum_id)) for datum_id, _ in taken]
-        while len(taken) < MINIMUM_SLOTS:
-            taken.append(taken[0])
-            slots.append(None)
+        return self._batch_of(taken, sampler)
+
+    def _batch_of(self, data: list[tuple[str, Samples]], sampler: Sampler) -> Batch:
+        slots: list[Slot | None] = [Slot(datum_id, datum_seed(self.seed, datum_id)) for datum_id, _ in data]
+        idle = max(0, MINIMUM_SLOTS - len(data))
+        slots += [None] * idle
+        data = data + data[:1] * idle
         return Batch(
             self.field,
             self.signal,
             self.optimizer,
             sampler,
             self.calibration,
-            rows=torch.stack([self._start_row(datum_id) for datum_id, _ in taken]),
-            samples=stack_samples([part for _, part in taken], self.device),
-            seeds=as_tensor([datum_seed(self.seed, datum_id) for datum_id, _ in taken], self.device),
+            rows=torch.stack([self._start_row(datum_id) for datum_id, _ in data]),
+            samples=stack_samples([part for _, part in data], self.device),
+            seeds=as_tensor([datum_seed(self.seed, datum_id) for datum_id, _ in data], self.device),
             slots=slots,
         )
+
+    def _capacity(self, datum: tuple[str, Samples], sampler: Sampler) -> int:
+        """Slots for data of this one's kind; what a field takes is measured, or estimated where that fails."""
+        if self.batch != "auto":
+            return self.batch
+        try:
+            field_bytes = measured_field_bytes(lambda slots: self._batch_of([datum] * slots, sampler), self.device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            field_bytes = None
+        return batch_slots(field_bytes or estimated_field_bytes(self.field, self.signal, sampler), self.device)
 
     def _look(self, batch: Batch, indices: list[int]) -> dict[int, tuple[float, float]]:
         """Measure these slots over all their samples, note it, and keep the params that are best so far."""
         if not indices:
             return {}
-        padded = indices + indices[:1] * (MINIMUM_SLOTS - len(indices))
-        rows, samples = batch.picked(padded)
-        loss, quality = (t.tolist() for t in evaluate(self.field, self.signal, rows, samples))
+        measured = evaluate(self.field, self.signal, batch.rows, batch.samples, _padded(indices, len(batch.slots)))
+        loss, quality = (t.tolist() for t in measured)
         better = []
         for index, slot_loss, slot_quality in zip(indices, loss, quality, strict=False):
             slot = batch.slot(index)
@@ -314,8 +311,10 @@ class _Loop:
     def _leave(self, batch: Batch, leaving: list[tuple[int, Result]]) -> Iterator[Fitted]:
         if not leaving:
             return
-        weights = batch.best_rows[[index for index, _ in leaving]].cpu()
-        for row, (index, verdict) in zip(weights, leaving, strict=True):
+        indices = [index for index, _ in leaving]
+        weights = batch.best_rows[indices].cpu()
+        held_back = self._measure_heldout(batch, indices)
+        for row, quality_heldout, (index, verdict) in zip(weights, held_back, leaving, strict=True):
             slot = batch.slot(index)
             batch.slots[index] = None
             yield Fitted(
@@ -331,9 +330,18 @@ class _Loop:
                 wall_seconds=slot.wall_seconds,
                 history_step=slot.history_step,
                 history_quality=slot.history_quality,
+                quality_heldout=quality_heldout,
             )
 
-    def _refill(self, batch: Batch, queue: _Queue, kind: _Kind, lookahead: int) -> list[int]:
+    def _measure_heldout(self, batch: Batch, indices: list[int]) -> list[float | None]:
+        """Quality of the best params of these slots on what their data hold back."""
+        heldout = batch.samples.heldout
+        if heldout is None:
+            return [None] * len(indices)
+        which = _padded(indices, len(batch.slots))
+        return evaluate(self.field, self.signal, batch.best_rows, heldout, which)[1].tolist()[: len(indices)]
+
+    def _refill(self, batch: Batch, queue: _Queue, kind: Kind, lookahead: int) -> list[int]:
         """Put waiting data into the empty slots; which slots these were."""
         filled = []
         for index, occupant in enumerate(batch.slots):

@@ -64,7 +64,9 @@ class Fitted:
     weights: Tensor
     """float32 [P] on the CPU, in the order of the layout."""
     loss: float
+    """On the samples that are measured: the check's, where the signal names some."""
     quality: float
+    """As `loss`."""
     steps: int
     """Updates of the last attempt, after `restarts` attempts that diverged."""
     result: Result
@@ -74,6 +76,8 @@ class Fitted:
     wall_seconds: float = 0.0
     history_step: list[int] = field(default_factory=list)
     history_quality: list[float] = field(default_factory=list)
+    quality_heldout: float | None = None
+    """Of the same weights, on the samples that the datum holds back; None where it holds none back."""
 
     def params(self, layout: Layout) -> Params:
         """The weights by name, without a field axis."""

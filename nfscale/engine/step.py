@@ -4,6 +4,8 @@
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,8 +13,10 @@ from torch import Tensor
 from nfscale.fields import Field
 from nfscale.layout import Params
 from nfscale.optim.curvature import gradient, gradient_and_hvp
+from nfscale.rng import Stream, uniform
 from nfscale.signals import Samples, Signal
 
+_FEWEST_FIELDS = 2  # that are evaluated together, see `field_chunks`
 _EVALUATION_BYTES = 2 << 20  # of one layer: activations stay in cache, which is 2.5 times faster than 16 MiB at a time
 
 
@@ -35,32 +39,53 @@ def plain_gradient_and_hvp(
 
 def _loss_of(field: Field, signal: Signal, samples: Samples):
     def loss_of(params: Params) -> Tensor:
-        return signal.loss(field.apply(params, samples.coordinates), samples)
+        return signal.loss(signal.predict(partial(field.apply, params), samples), samples)
 
     return loss_of
 
 
 @torch.no_grad()
-def evaluate(field: Field, signal: Signal, rows: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
-    """Loss [F] and quality [F] over all samples of each field, a few fields at a time."""
-    count, available = samples.values.shape[:2]
+def evaluate(
+    field: Field, signal: Signal, rows: Tensor, samples: Samples, indices: list[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss [F] and quality [F] over all samples that each field is measured on, a few fields at a time.
+
+    Args:
+        indices: the fields to measure; all, in their order, where it is None.
+    """
+    samples = samples.measured
+    count = len(rows) if indices is None else len(indices)
+    available = samples.values.shape[1]
     losses, qualities = [], []
-    for start, stop in field_chunks(field, count, available):
-        part = slice_fields(samples, start, stop)
-        predicted = field.apply(field.layout.unravel(rows[start:stop]), part.coordinates)
+    for start, stop in field_chunks(field, count, available * signal.points_per_sample):
+        chosen = slice(start, stop) if indices is None else indices[start:stop]
+        part = samples.map(lambda tensor, chosen=chosen: tensor[chosen])
+        predicted = _predicted(field, signal, rows[chosen], part)
         losses.append(signal.loss(predicted, part))
         qualities.append(signal.quality(predicted, part))
     return torch.cat(losses), torch.cat(qualities)
 
 
+def _predicted(field: Field, signal: Signal, rows: Tensor, samples: Samples) -> Tensor:
+    """Predictions for all samples, a few samples at a time: they are small beside the activations behind them."""
+    apply = partial(field.apply, field.layout.unravel(rows))
+    chunks = sample_chunks(field, samples.values.shape[1], signal.points_per_sample)
+    if len(chunks) == 1:
+        return signal.predict(apply, samples)
+    parts = [
+        signal.predict(apply, samples.map(lambda tensor, start=start, stop=stop: tensor[:, start:stop]))
+        for start, stop in chunks
+    ]
+    return torch.cat(parts, dim=1)
+
+
 def field_chunks(field: Field, count: int, available: int) -> Iterator[tuple[int, int]]:
-    """Ranges of fields to evaluate together at `available` samples each, so that activations stay in cache.
+    """Ranges of fields to evaluate together at `available` points each, so that activations stay in cache.
 
     No range has one field unless there is one in all: a lone field takes another path through the matrix
     library and may round differently.
     """
-    widest = max(entry.shape[0] for entry in field.layout.entries)
-    size = max(2, _EVALUATION_BYTES // (4 * available * widest))
+    size = max(_FEWEST_FIELDS, _EVALUATION_BYTES // _layer_bytes(field, available))
     start = 0
     while start < count:
         stop = count if count - start <= size + 1 else start + size
@@ -68,30 +93,41 @@ def field_chunks(field: Field, count: int, available: int) -> Iterator[tuple[int
         start = stop
 
 
-def slice_fields(samples: Samples, start: int, stop: int) -> Samples:
-    """Samples of the fields start .. stop - 1."""
-    mask = samples.mask
-    return Samples(
-        samples.coordinates[start:stop], samples.values[start:stop], None if mask is None else mask[start:stop]
-    )
+def sample_chunks(field: Field, count: int, points_per_sample: int) -> list[tuple[int, int]]:
+    """Ranges of a field's samples to evaluate one after the other where the fewest fields have too many at once.
+
+    A function of the field and the counts alone, so that neighbours change no rounding. Ranges are nearly
+    equal: none is so short that it takes another path through the matrix library.
+    """
+    longest = max(1, _EVALUATION_BYTES // (_FEWEST_FIELDS * _layer_bytes(field, points_per_sample)))
+    pieces = -(-count // longest)
+    edges = [index * count // pieces for index in range(pieces + 1)]
+    return list(pairwise(edges))
+
+
+def _layer_bytes(field: Field, points: int) -> int:
+    """What the widest layer of one field takes at so many points."""
+    return 4 * points * max(entry.shape[0] for entry in field.layout.entries)
 
 
 def stack_samples(parts: Sequence[Samples], device: torch.device) -> Samples:
-    """Samples of several data of one sample count as a batch: [N, ...] each -> [F, N, ...]."""
-    masks = [part.mask for part in parts if part.mask is not None]
-    return Samples(
-        torch.stack([part.coordinates for part in parts]).to(device),
-        torch.stack([part.values for part in parts]).to(device),
-        torch.stack(masks).to(device) if masks else None,
-    )
+    """Samples of several data of one kind as a batch: [N, ...] each -> [F, N, ...]."""
+    return parts[0].map(lambda *tensors: torch.stack(tensors).to(device), *parts[1:])
 
 
-def gather_samples(samples: Samples, positions: Tensor) -> Samples:
-    """Each field's samples at its positions: [F, N, ...], int64 [F, n] -> [F, n, ...]."""
-    fields = torch.arange(len(positions), device=positions.device)[:, None]
-    mask = samples.mask
-    return Samples(
-        samples.coordinates[fields, positions],
-        samples.values[fields, positions],
-        None if mask is None else mask[fields, positions],
-    )
+def training_samples(
+    signal: Signal, samples: Samples, positions: Tensor | None, seeds: Tensor, steps: Tensor
+) -> Samples:
+    """What enters a step: each field's samples at its positions, or all; with jitter where the signal wants it.
+
+    Args:
+        positions: int64 [F, n], or None for all samples.
+        seeds, steps: int64 [F], the fields' own: what jitter is keyed by.
+    """
+    coordinates, values, mask = samples.coordinates, samples.values, samples.mask
+    if positions is not None:
+        fields = torch.arange(len(positions), device=positions.device)[:, None]
+        coordinates, values = coordinates[fields, positions], values[fields, positions]
+        mask = None if mask is None else mask[fields, positions]
+    jitter = uniform(seeds, Stream.JITTER, steps, values.shape[1]) if signal.jittered else None
+    return Samples(coordinates, values, mask, jitter=jitter)

@@ -1,14 +1,29 @@
 """The contract of a signal, and the measures that several signals share."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+Apply = Callable[[Tensor], Tensor]
+"""A batch of fields as a function of coordinates: [F, n, D] -> [F, n, C]."""
+
 PSNR_CEILING_DB = 200.0
 """A perfect reconstruction has no finite PSNR; this is reported instead, far above what float32 reaches."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What data must have in common to share a batch."""
+
+    count: int
+    """Samples."""
+    masked: bool
+    check: "Kind | None" = None
+    heldout: "Kind | None" = None
 
 
 @dataclass(frozen=True)
@@ -20,11 +35,43 @@ class Samples:
     """
 
     coordinates: Tensor
-    """float32 [N, D], in [-1, 1]."""
+    """float32 [N, D], in [-1, 1]. Of a signal with a `predict` of its own: [N, ...], whatever that starts from."""
     values: Tensor
-    """float32 [N, C]."""
+    """float32 [N, C], or of the shape of the signal's own predictions."""
     mask: Tensor | None = None
     """float32 [N] weights of the samples in loss and quality, or None where all count alike."""
+    check: "Samples | None" = None
+    """What loss and quality are measured on, at the checks and for the record; None: the samples themselves."""
+    heldout: "Samples | None" = None
+    """Samples that no step sees, measured once, when the field leaves."""
+    jitter: Tensor | None = None
+    """float32 [N] uniform in [0, 1), anew at every training step of a signal that is `jittered`; else None."""
+
+    @property
+    def kind(self) -> Kind:
+        """Of one datum, not of a batch."""
+        return Kind(
+            len(self.values),
+            self.mask is not None,
+            None if self.check is None else self.check.kind,
+            None if self.heldout is None else self.heldout.kind,
+        )
+
+    @property
+    def measured(self) -> "Samples":
+        """The samples on which loss and quality are measured."""
+        return self if self.check is None else self.check
+
+    def map(self, function: Callable[..., Tensor], *others: "Samples") -> "Samples":
+        """The function of every tensor, check and heldout included; of the same tensors of samples of one kind."""
+        mapped = {}
+        for member in fields(self):
+            mine, *theirs = (getattr(samples, member.name) for samples in (self, *others))
+            if isinstance(mine, Samples):
+                mapped[member.name] = mine.map(function, *theirs)
+            elif mine is not None:
+                mapped[member.name] = function(mine, *theirs)
+        return Samples(**mapped)
 
 
 class Signal(Protocol):
@@ -34,6 +81,10 @@ class Signal(Protocol):
     channels: int
     quality_name: str
     """Names what `quality` measures, with its unit: `psnr_db`. Higher is better."""
+    points_per_sample: int
+    """How many points of the field the prediction of one sample takes: what memory is reckoned by."""
+    jittered: bool
+    """Training steps get `samples.jitter`."""
 
     def samples(self, datum: np.ndarray) -> Samples:
         """Samples of one datum.
@@ -43,9 +94,22 @@ class Signal(Protocol):
         """
         ...
 
-    def loss(self, predicted: Tensor, samples: Samples) -> Tensor: ...
+    def predict(self, apply: Apply, samples: Samples) -> Tensor:
+        """What the fields say the values of a batch of samples are: [F, N, ...], like `samples.values`.
 
-    def quality(self, predicted: Tensor, samples: Samples) -> Tensor: ...
+        The prediction of a sample depends on that sample alone, so that samples are taken a few at a time
+        where all of them need too much memory; and it can be differentiated twice, for optimisers that
+        take curvature.
+        """
+        ...
+
+    def loss(self, predicted: Tensor, samples: Samples) -> Tensor:
+        """Of each field, a mean over its samples: [F, N, ...] -> [F]."""
+        ...
+
+    def quality(self, predicted: Tensor, samples: Samples) -> Tensor:
+        """Of each field, higher is better: [F, N, ...] -> [F]. Always sees all samples of a field at once."""
+        ...
 
     def measures(self, datum: np.ndarray) -> dict[str, float]:
         """What the table's `metrics` says of the datum itself, such as its height and width."""
@@ -66,6 +130,16 @@ class Signal(Protocol):
         ...
 
     def forward_description(self) -> dict[str, Any]: ...
+
+
+class Pointwise:
+    """The base of signals whose samples are values of the field at points."""
+
+    points_per_sample = 1
+    jittered = False
+
+    def predict(self, apply: Apply, samples: Samples) -> Tensor:
+        return apply(samples.coordinates)
 
 
 def mean_squared_error(predicted: Tensor, samples: Samples) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nfscale.signals.base import Samples, mean_squared_error, psnr_db
+from nfscale.signals.base import Pointwise, Samples, mean_squared_error, psnr_db
 
 _SHIFT = 0.5
 """Fields represent value - 0.5. Their first residual is then at most half the range: with values in [0, 1]
@@ -24,7 +24,7 @@ _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, what 
 
 
 @dataclass(frozen=True)
-class Image:
+class Image(Pointwise):
     """Images of `channels` channels, any height and width.
 
     Coordinates are (y, x) of the pixel centres, each axis spanning [-1, 1] from edge to edge: pixel i of

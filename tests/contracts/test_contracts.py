@@ -3,6 +3,8 @@
 A new variant is tested by being listed; a new signal adds an example datum to `DATA`.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from nfscale.layout import Layout, Params
 from nfscale.optim import OPTIMIZERS, SCHEDULES, Extra, Schedule
 from nfscale.rng import as_tensor, datum_seed
 from nfscale.signals import SIGNALS, Samples
+from nfscale.signals.base import Pointwise
 
 SEEDS = as_tensor([datum_seed(0, f"datum-{index}") for index in range(3)])
 CHANNELS = 2
@@ -118,25 +121,112 @@ def signal(request):
 
 def batch_of(signal, data) -> Samples:
     samples = [signal.samples(datum) for datum in data]
-    masks = [s.mask for s in samples if s.mask is not None]
-    return Samples(
-        torch.stack([s.coordinates for s in samples]),
-        torch.stack([s.values for s in samples]),
-        torch.stack(masks) if masks else None,
-    )
+    return samples[0].map(lambda *tensors: torch.stack(tensors), *samples[1:])
+
+
+def parts_of(samples: Samples) -> list[Samples]:
+    """What is fitted, what is checked and what is held back."""
+    return [part for part in (samples, samples.check, samples.heldout) if part is not None]
 
 
 def test_samples_are_coordinates_in_range_with_their_values(signal):
     signal, data = signal
-    for datum in data:
-        samples = signal.samples(datum)
-        count = len(samples.values)
-        assert samples.coordinates.shape == (count, signal.dimensions)
-        assert samples.values.shape == (count, signal.channels)
-        assert samples.coordinates.dtype == samples.values.dtype == torch.float32
-        assert samples.coordinates.abs().max() <= 1
-        assert samples.values.isfinite().all()
-        assert samples.mask is None or samples.mask.shape == (count,)
+    for part in [part for datum in data for part in parts_of(signal.samples(datum))]:
+        count = len(part.values)
+        assert len(part.coordinates) == count
+        assert part.coordinates.dtype == part.values.dtype == torch.float32
+        assert part.coordinates.isfinite().all()
+        assert part.values.isfinite().all()
+        assert part.mask is None or part.mask.shape == (count,)
+        assert part.jitter is None
+        if type(signal).predict is Pointwise.predict:
+            assert part.coordinates.shape == (count, signal.dimensions)
+            assert part.values.shape == (count, signal.channels)
+            assert part.coordinates.abs().max() <= 1
+
+
+def test_what_is_checked_and_held_back_has_no_checks_of_its_own(signal):
+    signal, data = signal
+    for part in parts_of(signal.samples(data[0]))[1:]:
+        assert part.check is None
+        assert part.heldout is None
+
+
+class Waves:
+    """Made-up fields [F]: a sine of the sum of the coordinates, at a frequency of each field's own."""
+
+    def __init__(self, signal, frequencies: torch.Tensor) -> None:
+        self.signal, self.frequencies, self.points = signal, frequencies, 0
+
+    def __call__(self, coordinates: torch.Tensor) -> torch.Tensor:
+        assert coordinates.ndim == 3
+        assert len(coordinates) in (1, len(self.frequencies))
+        assert coordinates.shape[2] == self.signal.dimensions
+        assert coordinates.abs().max() <= 1 + 1e-6
+        self.points += coordinates.shape[1]
+        angle = self.frequencies[:, None, None] * coordinates.sum(dim=2, keepdim=True)
+        return (angle + torch.arange(self.signal.channels)).sin()
+
+
+FREQUENCIES = torch.tensor([1.0, 2.0, 3.0])
+
+
+def cases_of(signal, samples: Samples) -> list[Samples]:
+    """The parts of a batch, with jitter where the signal wants it."""
+    parts = parts_of(samples)
+    if signal.jittered:
+        jitter = torch.rand(samples.values.shape[:2], generator=torch.Generator().manual_seed(0))
+        parts.append(replace(samples, check=None, heldout=None, jitter=jitter))
+    return parts
+
+
+def test_predictions_are_like_the_values_and_take_the_points_that_are_said(signal):
+    signal, data = signal
+    for part in cases_of(signal, batch_of(signal, data)):
+        waves = Waves(signal, FREQUENCIES)
+        predicted = signal.predict(waves, part)
+        assert predicted.shape == part.values.shape
+        assert predicted.dtype == torch.float32
+        assert predicted.isfinite().all()
+        assert waves.points <= signal.points_per_sample * part.values.shape[1]
+        assert signal.loss(predicted, part).isfinite().all()
+
+
+def test_a_field_is_predicted_by_itself_and_a_sample_by_itself(signal):
+    """So that neighbours change nothing, and many samples are predicted a few at a time."""
+    signal, data = signal
+    for part in cases_of(signal, batch_of(signal, data)):
+        together = signal.predict(Waves(signal, FREQUENCIES), part)
+        for index in range(3):
+            own = slice(index, index + 1)
+            alone = signal.predict(Waves(signal, FREQUENCIES[own]), part.map(lambda tensor, own=own: tensor[own]))
+            torch.testing.assert_close(alone, together[own])
+        middle = part.values.shape[1] // 2
+        for some in (slice(None, middle), slice(middle, None)):
+            few = part.map(lambda tensor, some=some: tensor[:, some])
+            torch.testing.assert_close(signal.predict(Waves(signal, FREQUENCIES), few), together[:, some])
+
+
+def test_predictions_can_be_differentiated_twice(signal):
+    signal, data = signal
+    part = cases_of(signal, batch_of(signal, data))[-1]
+    frequencies = FREQUENCIES.clone().requires_grad_()
+    loss = signal.loss(signal.predict(Waves(signal, frequencies), part), part).sum()
+    (slope,) = torch.autograd.grad(loss, frequencies, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), frequencies)
+    assert slope.isfinite().all()
+    assert curvature.isfinite().all()
+    assert (slope != 0).all()
+
+
+def test_jitter_is_used_where_it_is_asked_for(signal):
+    signal, data = signal
+    if not signal.jittered:
+        assert signal.jittered is False
+        return
+    *_, plain, jittered = cases_of(signal, replace(batch_of(signal, data), check=None, heldout=None))
+    waves = Waves(signal, FREQUENCIES)
+    assert not torch.equal(signal.predict(waves, plain), signal.predict(waves, jittered))
 
 
 def test_samples_are_a_function_of_the_datum(signal):
@@ -159,8 +249,7 @@ def test_loss_and_quality_are_one_number_per_field_of_its_own(signal):
         assert together.shape == (3,)
         assert together.isfinite().all()
         for index in range(3):
-            mask = None if samples.mask is None else samples.mask[index : index + 1]
-            own = Samples(samples.coordinates[index : index + 1], samples.values[index : index + 1], mask)
+            own = samples.map(lambda tensor, index=index: tensor[index : index + 1])
             torch.testing.assert_close(measure(predicted[index : index + 1], own)[0], together[index])
         changed = predicted.clone()
         changed[1] += 0.3
