@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,22 +25,25 @@ from torch import Tensor
 from nfscale.datasets import Dataset, Datum, seeded_sample
 from nfscale.datasets.base import ids_digest, read_range
 from nfscale.engine import Calibration, Fitted, calibrate, fit
-from nfscale.engine.step import evaluate, stack_samples
+from nfscale.engine.step import evaluate, predicted_at, stack_samples
 from nfscale.errors import CallerError, EncodeError, OutputError
 from nfscale.fields import Field, theta0_of
 from nfscale.job import FORMAT_VERSION, EncodeJob
+from nfscale.media import MEDIA, Medium
 from nfscale.optim import Optimizer
 from nfscale.rng import datum_seed
 from nfscale.signals import SIGNALS, Kind, Samples, Signal
 from nfscale.store.run_folder import Commit, Plan, RunFolder, Shard
 from nfscale.store.schema import OK_STATUSES, STATUS, LabelType, Row, restored, stored, to_table, write_parquet
+from nfscale.store.table import built
 
 _SHARD_SECONDS = 15.0  # of work: what a lost worker costs, and short enough that all workers end together
 _ASSUMED_FLOPS = {"cpu": 20e9, "cuda": 10e12}  # useful rate of one worker; only decides how data are cut
 _SHARD_FIELDS = (16, 4096)
 _MINIMUM_SHARDS = 8
 _REPORT_SECONDS = 0.5  # between two reports of progress: a message per field would cost more than it tells
-_PROBED_DATA = 100  # data tried until one is readable, where channels or calibration need one
+_PROBED_DATA = 100  # data tried until enough are readable to decide what the signal leaves open
+_DECIDING_DATA = 8  # readable ones that decide it: reading them is all that a plan costs
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
     dataset = job.open_dataset()
     if not dataset.ids:
         raise CallerError("the dataset is empty")
-    _, signal, samples = _first_readable(job, dataset)
+    signal, samples = _settled_signal(job, dataset)
     field = job.build_field(signal.dimensions, signal.channels)
     available = len(samples.values)
     per_step = available if job.fit.samples == "full" else min(job.fit.samples, available)
@@ -99,26 +103,26 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
     )
 
 
-def _first_readable(job: EncodeJob, dataset: Dataset) -> tuple[Datum, Signal, Samples]:
+def _settled_signal(job: EncodeJob, dataset: Dataset) -> tuple[Signal, Samples]:
+    """The signal as the first few readable data decide it, and the samples of the first."""
+    contents: list[Any] = []
     reason = ""
-    for datum in read_range(dataset, 0, min(_PROBED_DATA, len(dataset.ids))):
+    probed = min(_PROBED_DATA, len(dataset.ids))
+    for datum in read_range(dataset, 0, probed):
         if datum.array is None:
             reason = f"{datum.id}: {datum.error}"
             continue
         try:
-            signal = job.build_signal(_channels(job, datum))
-            return datum, signal, signal.samples(datum.array)
+            job.build_signal([datum.array]).samples(datum.array)
+            contents.append(datum.array)
         except ValueError as error:
             reason = f"{datum.id}: {error}"
-    probed = min(_PROBED_DATA, len(dataset.ids))
-    raise CallerError(f"none of the first {probed} data can be read; the last of them, {reason}")
-
-
-def _channels(job: EncodeJob, datum: Datum) -> int:
-    if job.signal.channels != "auto":
-        return job.signal.channels
-    assert datum.array is not None
-    return SIGNALS[job.signal.kind].channels_of(datum.array, job.signal.convert)  # type: ignore[attr-defined]
+        if len(contents) == _DECIDING_DATA:
+            break
+    if not contents:
+        raise CallerError(f"none of the first {probed} data can be read; the last of them, {reason}")
+    signal = job.build_signal(contents)
+    return signal, signal.samples(contents[0])
 
 
 def _label_type(dataset: Dataset) -> LabelType:
@@ -166,11 +170,16 @@ class OpenRun:
         self.folder = folder
         self.plan = folder.plan()
         self.job = EncodeJob.model_validate(self.plan.job)
-        self.signal: Signal = self.job.build_signal(self.plan.forward["signal"]["keys"]["channels"])
+        self.signal: Signal = built(SIGNALS, self.plan.forward["signal"])
         self.field: Field = self.job.build_field(self.signal.dimensions, self.signal.channels)
         self.optimizer: Optimizer = self.job.build_optimizer(self.plan.samples_per_step)
         if self.field.layout != self.plan.layout:
             raise EncodeError("the field of this nfscale has another layout than the run's; use the run's version")
+
+    @property
+    def medium(self) -> Medium:
+        """How the data of this run are read, written and shown."""
+        return MEDIA[self.job.signal.kind]
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -285,7 +294,6 @@ def encode_shard(
         for finished in _fitted(run, shard, attempt, rows, known):
             yield Progress(shard.name, [f.quality for f in finished])
         fit_seconds = sum(row.wall_seconds or 0.0 for row in rows.values())
-        _measure_rounded(run, shard, rows)
     else:
         for position in range(shard.start, shard.stop):
             datum_id = run.dataset.ids[position]
@@ -318,6 +326,7 @@ def _ok_rows(run: OpenRun, commit: Commit) -> pa.Table:
 
 def _fitted(run: OpenRun, shard: Shard, attempt: str, rows: dict[str, Row], known: set[str]) -> Iterator[list[Fitted]]:
     """Fit the shard but for the `known` data, filling `rows`; yields the fields that finished since it last did."""
+    in_work: dict[str, tuple[Any, Samples]] = {}
 
     def data() -> Iterator[tuple[str, Samples]]:
         for position in range(shard.start, shard.stop):
@@ -332,10 +341,10 @@ def _fitted(run: OpenRun, shard: Shard, attempt: str, rows: dict[str, Row], know
             if isinstance(prepared, str):
                 row.reason = prepared
             else:
-                assert datum.array is not None
                 row.metrics = run.signal.measures(datum.array)
                 if datum.repeat:
                     row.metrics["repeat"] = float(datum.repeat)
+                in_work[datum.id] = datum.array, prepared
                 yield datum.id, prepared
 
     job = run.job
@@ -357,7 +366,9 @@ def _fitted(run: OpenRun, shard: Shard, attempt: str, rows: dict[str, Row], know
     together: list[Fitted] = []
     reported = time.perf_counter()
     for fitted in fields:
-        _fill(rows[fitted.id], fitted)
+        row = rows[fitted.id]
+        _fill(row, fitted)
+        _measure(run, row, *in_work.pop(fitted.id))
         together.append(fitted)
         if time.perf_counter() - reported > _REPORT_SECONDS:
             yield together
@@ -381,23 +392,23 @@ def _fill(row: Row, fitted: Fitted) -> None:
         )
 
 
-def _measure_rounded(run: OpenRun, shard: Shard, rows: dict[str, Row]) -> None:
-    """Loss and quality of the weights as they will be stored, where storage rounds them."""
-    if run.plan.dtype == "float32":
-        return
-    for position in range(shard.start, shard.stop):
-        row = rows.get(run.dataset.ids[position])
-        if row is None or row.weights is None:
-            continue
-        prepared = _prepared(run.signal, run.dataset.read(position))
-        assert isinstance(prepared, Samples), "it was fitted a moment ago"
+def _measure(run: OpenRun, row: Row, content: Any, samples: Samples) -> None:
+    """What is recorded of the weights as they will be stored: quality where storage rounds, and further measures."""
+    assert row.weights is not None, "it was fitted a moment ago"
+    rows = torch.from_numpy(row.weights[None])
+    if run.plan.dtype != "float32":
         rounded = restored(stored(row.weights[None], run.plan.dtype, run.plan.theta0), run.plan.dtype, run.plan.theta0)
-        pair = torch.from_numpy(rounded).expand(2, -1)  # a lone field rounds differently, see field_chunks
-        samples = stack_samples([prepared] * 2, torch.device("cpu"))
-        loss, quality = evaluate(run.field, run.signal, pair, samples)
+        rows = torch.from_numpy(rounded)
+        pair, twice = rows.expand(2, -1), stack_samples([samples] * 2, torch.device("cpu"))  # see field_chunks
+        loss, quality = evaluate(run.field, run.signal, pair, twice)
         row.loss, row.quality = float(loss[0]), float(quality[0])
-        if samples.heldout is not None:
-            row.quality_heldout = float(evaluate(run.field, run.signal, pair, samples.heldout)[1][0])
+        if twice.heldout is not None:
+            row.quality_heldout = float(evaluate(run.field, run.signal, pair, twice.heldout)[1][0])
+    original = run.signal.original(content)
+    if run.medium.measurable(original):
+        shape = run.signal.shape_of(row.metrics)
+        values = predicted_at(run.field, run.signal, rows, run.signal.coordinates(shape))
+        row.metrics |= run.medium.measures(original, run.signal.reconstruct(values, shape)[0])
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ another kind are refused. The layers below receive values they can trust.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_type_hints
 
@@ -206,9 +207,14 @@ class EncodeJob(_Section):
         dataset = open_limited(self.dataset.opener(), self.dataset.limit, self.seed)
         return dataset if self.dataset.repeats == 1 else Repeated(dataset, self.dataset.repeats)
 
-    def build_signal(self, channels: int) -> Any:
-        """The signal for fields of this many channels."""
-        return _build(SIGNALS[self.signal.kind], self.signal, channels=channels)
+    def build_signal(self, contents: Sequence[Any]) -> Any:
+        """The signal of the run, with what is `auto` decided by these data.
+
+        Raises:
+            ValueError: if they do not fit it.
+        """
+        cls = SIGNALS[self.signal.kind]
+        return cls(**cls.settled(self.signal.model_dump(exclude={"kind"}), contents))
 
     def build_field(self, dimensions: int, channels: int) -> Any:
         """The field between these numbers of coordinates and channels."""

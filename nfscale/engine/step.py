@@ -79,6 +79,19 @@ def _predicted(field: Field, signal: Signal, rows: Tensor, samples: Samples) -> 
     return torch.cat(parts, dim=1)
 
 
+@torch.no_grad()
+def predicted_at(field: Field, signal: Signal, rows: Tensor, coordinates: Tensor) -> Tensor:
+    """Predictions of fields at what `signal.coordinates` gave: [F, P], [N, ...] -> [F, N, ...], a part at a time."""
+    count = len(rows)
+    pair = rows.expand(_FEWEST_FIELDS, -1) if count == 1 else rows  # a lone field rounds differently
+    at = Samples(coordinates[None], coordinates.new_empty((1, len(coordinates), signal.channels)))
+    parts = [
+        _predicted(field, signal, pair[start:stop], at)
+        for start, stop in field_chunks(field, len(pair), len(coordinates) * signal.points_per_sample)
+    ]
+    return torch.cat(parts)[:count]
+
+
 def field_chunks(field: Field, count: int, available: int) -> Iterator[tuple[int, int]]:
     """Ranges of fields to evaluate together at `available` points each, so that activations stay in cache.
 

@@ -20,7 +20,9 @@ import pyarrow.parquet as pq
 
 from nfscale.datasets import Dataset, Datum
 from nfscale.encode import OpenRun
-from nfscale.review import figures, pictures
+from nfscale.media import Panel, pictures
+from nfscale.media.image import sides
+from nfscale.review import figures
 from nfscale.store.history import quality_quantiles, sampled_histories
 from nfscale.store.run_folder import CONVERGENCE, REPORT, REVIEW_SUMMARY, RunFolder
 from nfscale.store.schema import FAILED_STATUSES, STATUS, json_bytes
@@ -34,13 +36,13 @@ _ERRORS_SHOWN = 3  # examples of each reason
 
 
 @dataclass
-class _Picture:
+class _Rebuilt:
     """One datum in a gallery."""
 
     id: str
     quality: float
-    original: np.ndarray
-    rebuilt: np.ndarray
+    original: Any
+    rebuilt: Any
 
 
 def make_report(folder: RunFolder) -> dict[str, Any]:
@@ -107,23 +109,21 @@ def _galleries(run: OpenRun, table: WeightsTable, rows: pa.Table) -> dict[str, A
     ends = {"worst": range(min(_ROW, count)), "best": range(count - 1, max(-1, count - 1 - _ROW), -1)}
     chosen = {"worst": ends["worst"], "median": range(middle, min(middle + _ROW, count)), "best": ends["best"]}
     shown = _Shown(run, table)
-    drawn = {name: shown.pictures(fitted["datum_id"].take(list(at)).to_pylist()) for name, at in chosen.items()}
-    galleries = [(name, [_figure(picture) for picture in found]) for name, found in drawn.items()]
-    everyone = [picture for found in drawn.values() for picture in found]
+    drawn = {name: shown.data(fitted["datum_id"].take(list(at)).to_pylist()) for name, at in chosen.items()}
+    galleries = [(name, [_figure(run, datum) for datum in found]) for name, found in drawn.items()]
+    context: dict[str, Any] = {"galleries": galleries, "legend": run.medium.legend, "mosaic": None, "canvases": []}
+    if run.job.signal.kind != "image":
+        return context
+    everyone = [datum for found in drawn.values() for datum in found]
     if everyone:
-        cells = [side for picture in everyone for side in _sides(picture)]
+        cells = [side for datum in everyone for side in sides(datum.original, datum.rebuilt)]
         sheet = pictures.encoded(pictures.grid(cells, columns=3 * _ROW), "PNG")
         run.folder.files.replace("review/worst-median-best.png", sheet)
     place = _place_of(run.dataset)
     if place is not None:
-        return {
-            "galleries": galleries,
-            "mosaic": None,
-            "canvases": shown.canvases(fitted["datum_id"].to_pylist(), place),
-        }
+        return context | {"canvases": shown.canvases(fitted["datum_id"].to_pylist(), place)}
     sample = np.random.default_rng(run.job.seed).permutation(count)[:_MOSAIC]
-    mosaic = shown.mosaic(sorted(fitted["datum_id"].take(sample).to_pylist()))
-    return {"galleries": galleries, "mosaic": mosaic, "canvases": []}
+    return context | {"mosaic": shown.mosaic(sorted(fitted["datum_id"].take(sample).to_pylist()))}
 
 
 class _Shown:
@@ -132,8 +132,8 @@ class _Shown:
     def __init__(self, run: OpenRun, table: WeightsTable) -> None:
         self.run, self.table = run, table
 
-    def pictures(self, ids: Sequence[str]) -> list[_Picture]:
-        """Pictures of these data; one that cannot be read any more is left out."""
+    def data(self, ids: Sequence[str]) -> list[_Rebuilt]:
+        """These data beside what their fields say; one that cannot be read any more is left out."""
         if not ids:
             return []
         rows = self.table.rows(ids).select(["datum_id", "quality", "metrics"]).to_pylist()
@@ -145,14 +145,13 @@ class _Shown:
         found = {}
         for shape, data in by_shape.items():
             rebuilt = self.table.decode([datum.id for datum, _ in data], shape)
-            for (datum, quality), image in zip(data, rebuilt, strict=True):
-                assert datum.array is not None
-                found[datum.id] = _Picture(datum.id, quality, self.run.signal.original(datum.array), image)
+            for (datum, quality), content in zip(data, rebuilt, strict=True):
+                found[datum.id] = _Rebuilt(datum.id, quality, self.run.signal.original(datum.array), content)
         return [found[datum_id] for datum_id in ids if datum_id in found]
 
     def mosaic(self, ids: list[str]) -> dict[str, Any] | None:
         """These data, originals beside reconstructions."""
-        drawn = self.pictures(ids)
+        drawn = self.data(ids)
         if not drawn:
             return None
         sheets = [
@@ -163,7 +162,10 @@ class _Shown:
         shown = [pictures.encoded(pictures.enlarged(sheet, enlarge), "PNG") for sheet in sheets]
         for side, picture in zip(("originals", "rebuilt"), shown, strict=True):
             self.run.folder.files.replace(f"review/{side}.png", picture)
-        return {"original": pictures.data_uri(shown[0], "png"), "rebuilt": pictures.data_uri(shown[1], "png")}
+        return {
+            "original": pictures.data_uri(shown[0], "image/png"),
+            "rebuilt": pictures.data_uri(shown[1], "image/png"),
+        }
 
     def canvases(self, ids: list[str], place: Callable[[str], tuple[str, int, int]]) -> list[dict[str, Any]]:
         """Whole pictures put together from their tiles, as the dataset says which belongs where."""
@@ -173,7 +175,7 @@ class _Shown:
             groups.setdefault(name, {})[row, column] = datum_id
         shown = []
         for name, cells in sorted(groups.items())[:_CANVASES]:
-            by_id = {p.id: p for p in self.pictures(list(cells.values()))}
+            by_id = {p.id: p for p in self.data(list(cells.values()))}
             tiles = {cell: by_id[datum_id] for cell, datum_id in cells.items() if datum_id in by_id}
             if not tiles:
                 continue
@@ -183,7 +185,7 @@ class _Shown:
                 canvas = pictures.assembled({c: pictures.to_uint8(getattr(p, side)) for c, p in tiles.items()}, size)
                 picture = pictures.encoded(canvas, "WEBP")
                 self.run.folder.files.replace(f"review/{name}-{side}.webp", picture)
-                sides[side] = pictures.data_uri(picture, "webp")
+                sides[side] = pictures.data_uri(picture, "image/webp")
             quality = [p.quality for p in tiles.values()]
             shown.append({"name": name, "tiles": len(tiles), "quality": float(np.median(quality)), **sides})
         return shown
@@ -195,16 +197,15 @@ def _place_of(dataset: Dataset) -> Any:
     return getattr(whole, "place", None)
 
 
-def _sides(picture: _Picture) -> list[np.ndarray]:
-    """Original, reconstruction and error, small ones enlarged."""
-    sides = [picture.original, picture.rebuilt, pictures.error_map(picture.original, picture.rebuilt)]
-    enlarge = max(1, 128 // max(picture.original.shape[:2]))
-    return [pictures.enlarged(pictures.to_uint8(side), enlarge) for side in sides]
+def _figure(run: OpenRun, datum: _Rebuilt) -> dict[str, Any]:
+    """A datum as its medium shows it."""
+    panels = run.medium.panels(datum.original, datum.rebuilt)
+    return {"id": datum.id, "quality": datum.quality, "panels": [_panel(panel) for panel in panels]}
 
 
-def _figure(picture: _Picture) -> dict[str, Any]:
-    uris = [pictures.data_uri(pictures.encoded(side, "PNG"), "png") for side in _sides(picture)]
-    return {"id": picture.id, "quality": picture.quality, "images": uris}
+def _panel(panel: Panel) -> dict[str, Any]:
+    uri = pictures.data_uri(panel.content, panel.mime)
+    return {"is_sound": panel.mime.startswith("audio/"), "uri": uri, "caption": panel.caption}
 
 
 def _failures(rows: pa.Table) -> list[dict[str, Any]]:

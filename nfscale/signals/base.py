@@ -1,15 +1,17 @@
 """The contract of a signal, and the measures that several signals share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 Apply = Callable[[Tensor], Tensor]
 """A batch of fields as a function of coordinates: [F, n, D] -> [F, n, C]."""
+
+MAX_DECODED_SAMPLES = 64 << 20
+"""Of one datum: more would take gigabytes for coordinates alone."""
 
 PSNR_CEILING_DB = 200.0
 """A perfect reconstruction has no finite PSNR; this is reported instead, far above what float32 reaches."""
@@ -86,7 +88,20 @@ class Signal(Protocol):
     jittered: bool
     """Training steps get `samples.jitter`."""
 
-    def samples(self, datum: np.ndarray) -> Samples:
+    @classmethod
+    def settled(cls, keys: dict[str, Any], contents: Sequence[Any]) -> dict[str, Any]:
+        """The keys of a job's signal with every `auto` decided, once per run.
+
+        Args:
+            keys: what the class is made with, `channels` among it.
+            contents: the first few data that can be read; the first decides what all must agree in.
+
+        Raises:
+            ValueError: if they do not fit the signal.
+        """
+        ...
+
+    def samples(self, content: Any) -> Samples:
         """Samples of one datum.
 
         Raises:
@@ -111,25 +126,50 @@ class Signal(Protocol):
         """Of each field, higher is better: [F, N, ...] -> [F]. Always sees all samples of a field at once."""
         ...
 
-    def measures(self, datum: np.ndarray) -> dict[str, float]:
+    def measures(self, content: Any) -> dict[str, float]:
         """What the table's `metrics` says of the datum itself, such as its height and width."""
         ...
 
     def shape_of(self, measures: dict[str, float]) -> tuple[int, ...]:
-        """The shape of the datum that `measures` came from."""
+        """The shape of the datum that `measures` came from: whatever `coordinates` needs to know."""
+        ...
+
+    def shape_from(self, text: str, fitted: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that a user asks for, such as `256x256`.
+
+        Args:
+            fitted: the shape of the datum itself, of which the text may leave parts as they are.
+
+        Raises:
+            ValueError: saying what is expected.
+        """
         ...
 
     def coordinates(self, shape: tuple[int, ...]) -> Tensor:
-        """Coordinates [N, D] at which `reconstruct` wants the values of a datum of this shape."""
+        """What `predict` is to start from, so that `reconstruct` gets the values of a datum of this shape: [N, ...]."""
         ...
 
-    def reconstruct(self, values: Tensor, shape: tuple[int, ...]) -> np.ndarray: ...
-
-    def original(self, datum: np.ndarray) -> np.ndarray:
-        """The datum in the form in which `reconstruct` gives it back."""
+    def reconstruct(self, values: Tensor, shape: tuple[int, ...]) -> Sequence[Any]:
+        """Predictions [F, N, ...] at `coordinates(shape)` -> F contents."""
         ...
 
-    def forward_description(self) -> dict[str, Any]: ...
+    def original(self, content: Any) -> Any:
+        """The content in the form in which `reconstruct` gives it back."""
+        ...
+
+    def forward_description(self) -> dict[str, Any]:
+        """For readers without nfscale: `kind`, `keys`, `quality_name`, coordinates and output affine in words."""
+        ...
+
+
+def require_decodable(samples: int) -> None:
+    """Refuse a shape of more samples than are decoded at once.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if samples > MAX_DECODED_SAMPLES:
+        raise ValueError(f"{samples:,} samples are asked for; at most {MAX_DECODED_SAMPLES:,} are decoded")
 
 
 class Pointwise:

@@ -4,6 +4,7 @@ Samples are in Z-order (Morton), so that a run of 4^k neighbours in the order is
 pixels: that is what makes a stratified draw cover the image (one pixel per block).
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nfscale.signals.base import Pointwise, Samples, mean_squared_error, psnr_db
+from nfscale.signals.base import Pointwise, Samples, mean_squared_error, psnr_db, require_decodable
 
 _SHIFT = 0.5
 """Fields represent value - 0.5. Their first residual is then at most half the range: with values in [0, 1]
@@ -39,9 +40,11 @@ class Image(Pointwise):
     quality_name = "psnr_db"
 
     @classmethod
-    def channels_of(cls, datum: np.ndarray, convert: Literal["grey", "rgb"] | None) -> int:
-        """Channels of the fields that this datum asks for."""
-        return _converted(_as_values(datum), convert).shape[2]
+    def settled(cls, keys: dict[str, Any], contents: Sequence[np.ndarray]) -> dict[str, Any]:
+        """`channels: auto` is what the first image has, after `convert`."""
+        if keys["channels"] != "auto":
+            return keys
+        return keys | {"channels": _converted(_as_values(contents[0]), keys["convert"]).shape[2]}
 
     def samples(self, datum: np.ndarray) -> Samples:
         """[H, W] or [H, W, C], integers of full range or floats in [0, 1] -> samples in Z-order."""
@@ -68,6 +71,14 @@ class Image(Pointwise):
     def shape_of(self, measures: dict[str, float]) -> tuple[int, int]:
         """The (height, width) that `measures` recorded."""
         return int(measures["height"]), int(measures["width"])
+
+    def shape_from(self, text: str, fitted: tuple[int, ...]) -> tuple[int, int]:
+        """`256x256`: height x width."""
+        parts = text.lower().split("x")
+        if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+            raise ValueError(f"cannot read {text!r}; write height x width, such as 256x256")
+        require_decodable(int(parts[0]) * int(parts[1]))
+        return int(parts[0]), int(parts[1])
 
     def coordinates(self, shape: tuple[int, ...]) -> Tensor:
         height, width = shape

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from nfscale.engine.step import field_chunks
+from nfscale.engine.step import predicted_at
 from nfscale.errors import CallerError, MismatchError
 from nfscale.fields import FIELDS, Field
 from nfscale.layout import Layout
@@ -69,12 +69,12 @@ class WeightsTable:
     def field(self) -> Field:
         """The field whose weights these are."""
         described = self.plan.forward["field"]
-        return _built(FIELDS, described)
+        return built(FIELDS, described)
 
     @cached_property
     def signal(self) -> Signal:
         """The signal that the fields represent."""
-        return _built(SIGNALS, self.plan.forward["signal"])
+        return built(SIGNALS, self.plan.forward["signal"])
 
     def dataset(self) -> pds.FileSystemDataset:
         """The committed files as a pyarrow dataset: filters and columns are pushed down."""
@@ -186,12 +186,12 @@ class WeightsTable:
             raise MismatchError(f"{place} is missing, and {commit.shard} is committed; `nfscale verify` lists all")
         return self.folder.files.source(commit.file)
 
-    def decode(self, keys: Sequence[DatumKey], shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """Data out of weights: [len(keys), *shape, C], in units of the full range.
+    def decode(self, keys: Sequence[DatumKey], shape: tuple[int, ...] | None = None) -> Any:
+        """Data out of weights, in the data's own unit: images as an array [len(keys), H, W, C], others as a list.
 
         Args:
             keys: ids or indices.
-            shape: of each datum; without one, the shape it was fitted at, the same for all.
+            shape: of each datum, as its signal understands it; without one, that it was fitted at, the same for all.
 
         Raises:
             CallerError: if a datum has no row or no weights, or the shapes differ and none is given.
@@ -206,18 +206,11 @@ class WeightsTable:
             if len(shapes) > 1:
                 raise CallerError(f"these data have the shapes {sorted(shapes)[:5]}; give one shape to decode them at")
             (shape,) = shapes
-        return self.signal.reconstruct(self.values(torch.from_numpy(weights), self.signal.coordinates(shape)), shape)
+        return self.signal.reconstruct(self.values(torch.from_numpy(weights), shape), shape)
 
-    @torch.no_grad()
-    def values(self, weights: Tensor, coordinates: Tensor) -> Tensor:
-        """The fields' values at coordinates: [F, P], [N, D] -> [F, N, C], a few fields at a time."""
-        count = len(weights)
-        pair = weights.expand(2, -1) if count == 1 else weights  # a lone field rounds differently, see field_chunks
-        parts = [
-            self.field.apply(self.layout.unravel(pair[start:stop]), coordinates[None])
-            for start, stop in field_chunks(self.field, len(pair), len(coordinates))
-        ]
-        return torch.cat(parts)[:count]
+    def values(self, weights: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """What fields say a datum of this shape is, before the signal makes one of it: [F, P] -> [F, N, ...]."""
+        return predicted_at(self.field, self.signal, weights, self.signal.coordinates(shape))
 
     def torch_dataset(self, standardize: Literal["train", "all"] | None = "train") -> torch.utils.data.TensorDataset:
         """(weights - theta0, label) of the rows that are ok, standardised per weight: float32 [P], int64.
@@ -250,7 +243,7 @@ def as_matrix(column: pa.ChunkedArray) -> np.ndarray:
     return np.concatenate(chunks) if chunks else np.empty((0, size), dtype=np.float32)
 
 
-def _built(kinds: dict[str, type], described: dict[str, Any]) -> Any:
+def built(kinds: dict[str, type], described: dict[str, Any]) -> Any:
     """An instance of a kind from what a forward says of it.
 
     Raises:

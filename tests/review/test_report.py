@@ -6,7 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from nfscale.driver import InProcessPool, open_run
-from nfscale.review import make_report, pictures
+from nfscale.media import pictures
+from nfscale.review import make_report
 from nfscale.store import open_weights
 from nfscale.store.history import quality_quantiles
 from nfscale.store.run_folder import CONVERGENCE, REPORT

@@ -205,10 +205,14 @@ def test_a_conversion_that_does_not_exist_is_refused():
 
 
 def test_the_first_datum_decides_the_channels_unless_it_is_converted():
-    assert Image.channels_of(np.zeros((2, 2)), None) == 1
-    assert Image.channels_of(np.zeros((2, 2, 4)), None) == 4
-    assert Image.channels_of(np.zeros((2, 2, 4)), "rgb") == 3
-    assert Image.channels_of(np.zeros((2, 2, 3)), "grey") == 1
+    def channels(image, convert=None, channels="auto"):
+        return Image.settled({"channels": channels, "convert": convert}, [image, np.zeros((2, 2, 5))])["channels"]
+
+    assert channels(np.zeros((2, 2))) == 1
+    assert channels(np.zeros((2, 2, 4))) == 4
+    assert channels(np.zeros((2, 2, 4)), "rgb") == 3
+    assert channels(np.zeros((2, 2, 3)), "grey") == 1
+    assert channels(np.zeros((2, 2, 3)), channels=4) == 4, "the job's word counts"
 
 
 def test_the_description_says_how_an_output_becomes_a_value():

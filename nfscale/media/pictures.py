@@ -63,6 +63,6 @@ def encoded(image: np.ndarray, kind: Literal["PNG", "WEBP"]) -> bytes:
     return buffer.getvalue()
 
 
-def data_uri(picture: bytes, kind: str) -> str:
-    """The bytes of a picture file as a URI that a page carries in itself."""
-    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+def data_uri(content: bytes, mime: str) -> str:
+    """The bytes of a file as a URI that a page carries in itself."""
+    return f"data:{mime};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,62 @@
+"""The contract of a medium: what of a modality is no mathematics, its files and how a page shows it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+Beside = Callable[[str], BinaryIO]
+"""Opens another file of the dataset by its path relative to the one that is read; raises OSError or ValueError."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One thing that a page shows: a picture, or a sound with its player."""
+
+    mime: str
+    """`image/png`, `image/webp`, `image/gif`, `audio/wav`."""
+    content: bytes
+    """Of a file of that type."""
+    caption: str = ""
+
+
+class Medium(Protocol):
+    """The contract of every entry of `MEDIA`. Contents are what the signal of the same kind takes samples of."""
+
+    suffixes: frozenset[str]
+    """What names of files that it reads end in: lower case, with the dot."""
+    written: tuple[str, ...]
+    """What names of files that it writes end in; the first is the usual one."""
+    legend: str
+    """What the panels of a datum are, in their order: `original, rebuilt, error times ten`."""
+
+    def read(self, stream: BinaryIO, name: str, beside: Beside) -> Any:
+        """The content of a file. Files are hostile.
+
+        Args:
+            name: path of the file in its dataset, whose suffix may lie.
+
+        Raises:
+            ValueError: in a sentence that becomes the row's reason.
+        """
+        ...
+
+    def write(self, content: Any, path: Path) -> None:
+        """Write what a field was decoded to, in the format of the path's suffix, one of `written`.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        ...
+
+    def measures(self, original: Any, rebuilt: Any) -> dict[str, float]:
+        """Further measures of a reconstruction, by name with the unit: `ssim`. Empty where none is defined."""
+        ...
+
+    def measurable(self, original: Any) -> bool:
+        """Whether `measures` says anything of such a datum: decoding costs time."""
+        ...
+
+    def panels(self, original: Any, rebuilt: Any) -> list[Panel]:
+        """What a page shows of a datum."""
+        ...
