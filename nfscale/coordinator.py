@@ -6,8 +6,8 @@ happened and asks it what to do. A shard is anything with a `name`, a length and
 Failures have classes. INFRA (a node lost, preempted or drained): the shard goes back to the queue and
 nothing is counted. CRASH (the process died on a live node) and TASK (an exception): counted, and after
 `attempts_before_bisection` the shard is cut in two, down to the one datum that does it, which is then
-quarantined: its lease writes a row that says so. OUTPUT (a full disk, a lost permission): no datum's
-fault and no attempt's, the run ends with what is committed. The same TASK error on `fatal_shards` shards before
+quarantined: its lease writes a row that says so. STORAGE (a full disk, a lost permission, a store that
+does not answer): no datum's fault and no attempt's, the run ends with what is committed. The same TASK error on `fatal_shards` shards before
 anything has succeeded is nobody's datum: the run ends with that error.
 """
 
@@ -40,7 +40,7 @@ class Failure(Enum):
     INFRA = "infra"
     CRASH = "crash"
     TASK = "task"
-    OUTPUT = "output"
+    STORAGE = "storage"
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Coordinator:
 
     def failed(self, lease: Lease, failure: Failure, message: str) -> None:
         """The lease's attempt is over without a commit."""
-        if failure is Failure.OUTPUT:
+        if failure is Failure.STORAGE:
             self.fatal = message
         _, task = self._flying.pop(lease.id, (None, None))
         if task is None:

@@ -18,6 +18,7 @@ from nfscale.coordinator import Coordinator, Failure, Lease
 from nfscale.datasets.base import ids_digest
 from nfscale.encode import OpenRun, Progress, ShardReport, calibrate_run, encode_shard, make_plan, new_attempt
 from nfscale.errors import CallerError, EncodeError, ExitCode, OutputError
+from nfscale.files import StoreError
 from nfscale.job import EncodeJob
 from nfscale.store.run_folder import Commit, Plan, RunFolder, Shard
 
@@ -142,7 +143,7 @@ def work_on(run: OpenRun, lease: Lease) -> Iterator[Progress | ShardReport | Non
 
 def failure_of(error: BaseException) -> Failure:
     """The class of an exception that ended a lease."""
-    return Failure.OUTPUT if isinstance(error, OutputError) else Failure.TASK
+    return Failure.STORAGE if isinstance(error, OutputError | StoreError) else Failure.TASK
 
 
 def explained(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 import sys
 
-_TOO_LITTLE_MEMORY = ("annot allocate memory", "failed to map segment", "can't start new thread")
+_TOO_LITTLE_MEMORY = ("annot allocate memory", "failed to map segment", "can't start new thread", "bad_alloc")
 
 
 def main() -> None:

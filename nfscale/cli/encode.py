@@ -91,7 +91,8 @@ def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console, ret
             state = "FINISHED"
             return totals(folder, summary)
     except OSError as error:
-        raise NfscaleError(f"{error}; what is committed stays, and the same command continues") from error
+        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        raise NfscaleError(f"{what}; what is committed stays, and the same command continues") from error
     except BaseException as error:
         code = termination.exit_code_of(error)
         if code is None:

@@ -3,19 +3,23 @@
 Of the narrow columns (ids, labels, splits) all rows are held, as Arrow arrays; of the column with the data, one
 chunk at a time: a record batch, a row group, or a piece of a row group that is too large to hold.
 
+Of a file in an object store no more is fetched than those columns and that chunk: row groups by Parquet's own index,
+record batches by the headers that `arrow_ipc` finds.
+
 Files come from strangers. Whatever a file says about offsets is checked before it is followed
 (`validate(full=True)`), since a memory-mapped file with wild offsets would end the process and not the datum; a cell
 that names a path instead of holding bytes is not opened. Files that shrink while they are mapped end the process.
 """
 
 import io
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -24,9 +28,11 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 from pyarrow import types
 
+from nfscale.datasets.arrow_ipc import Batches, batches_of_file, batches_of_stream
 from nfscale.datasets.base import ComputedIds, Dataset, Datum, refuse_duplicates, require, row_id
 from nfscale.datasets.folder import read_image, reason_of
 from nfscale.errors import CallerError
+from nfscale.files import Files, StoreError
 
 _CHUNK_BYTES = 64 << 20
 """What a worker holds of a row group. Larger: fewer passes over a huge row group when reads are in no order;
@@ -56,8 +62,8 @@ class ArrowColumns:
         return [name for name in dict.fromkeys((self.id, self.label, self.split)) if name is not None]
 
 
-def open_files(files: Sequence[tuple[Path, str | None]], columns: ArrowColumns) -> "ArrowDataset":
-    """A dataset over (file, split) in this order; a file's split counts where no column gives splits.
+def open_columns(files: Files, named: Sequence[tuple[str, str | None]], columns: ArrowColumns) -> "ArrowDataset":
+    """A dataset over (name, split) in this order; a file's split counts where no column gives splits.
 
     Raises:
         CallerError: if a file cannot be read, a column is missing or of a wrong type, or ids are not unique.
@@ -68,19 +74,30 @@ def open_files(files: Sequence[tuple[Path, str | None]], columns: ArrowColumns) 
     )
     parts: list[_Part] = []
     narrow: list[pa.Table] = []
-    for path, split in files:
+    batches: dict[int, Batches] = {}
+    open_part = lru_cache(maxsize=_OPEN_FILES)(
+        lambda part: _open(files, named[part][0], columns.data, batches.get(part))
+    )
+    for path, split in named:
+        name = path.rpartition("/")[2]
         try:
-            opened = _open(path, columns.data)
-            _require_columns(path, opened.schema, columns)
-            parts.append(_Part(path, split, opened.rows, _decoder(opened.schema.field(columns.data), columns.shape)))
+            opened = open_part(len(parts))
+            if isinstance(opened, _IpcFile) and opened.batches is not None:
+                batches[len(parts)] = opened.batches
+            _require_columns(name, opened.schema, columns)
+            decode = _decoder(opened.schema.field(columns.data), columns.shape)
+            part = _Part(name, split, opened.rows, decode)
             if columns.narrow:
                 narrow.append(opened.narrow(columns.narrow))
                 narrow[-1].validate(full=True)
+            parts.append(part)
+        except StoreError:
+            raise
         except _ARROW_ERRORS as error:
-            raise CallerError(f"dataset.path: cannot read {path.name!r}: {reason_of(error)}") from error
+            raise CallerError(f"dataset.path: cannot read {name!r}: {reason_of(error)}") from error
     held = {
-        name: [(path, table.column(name)) for (path, _), table in zip(files, narrow, strict=True)]
-        for name in columns.narrow
+        column: [(part.name, table.column(column)) for part, table in zip(parts, narrow, strict=True)]
+        for column in columns.narrow
     }
     del narrow
     count = sum(sum(part.rows) for part in parts)
@@ -92,19 +109,25 @@ def open_files(files: Sequence[tuple[Path, str | None]], columns: ArrowColumns) 
         splits is None or not types.is_integer(splits.type),
         f"dataset.split_column: column {columns.split!r} holds integers; expected names such as train and test",
     )
-    return ArrowDataset(parts, columns.data, ids, labels, splits)
+    return ArrowDataset(open_part, parts, columns.data, ids, labels, splits)
 
 
 class ArrowDataset(Dataset):
     """Rows of the parts, one part after the other."""
 
     def __init__(
-        self, parts: list["_Part"], column: str, ids: Sequence[str], labels: pa.Array | None, splits: pa.Array | None
+        self,
+        open_part: Callable[[int], "_Opened"],
+        parts: list["_Part"],
+        column: str,
+        ids: Sequence[str],
+        labels: pa.Array | None,
+        splits: pa.Array | None,
     ) -> None:
         self._parts, self._column, self._ids, self._labels, self._splits = parts, column, ids, labels, splits
         self._chunks = [(part, index) for part in range(len(parts)) for index in range(len(parts[part].rows))]
         self._stops = list(accumulate(parts[part].rows[index] for part, index in self._chunks))
-        self._opened = lru_cache(maxsize=_OPEN_FILES)(lambda part: _open(parts[part].path, column))
+        self._opened = open_part
         self._chunk = lru_cache(maxsize=1)(self._load)
 
     @property
@@ -122,6 +145,8 @@ class ArrowDataset(Dataset):
             cell = _one_row(self._chunk(chunk), row)
             array = part.decode(cell) if cell.null_count == 0 else None
             error = f"the column {self._column!r} holds null here" if array is None else None
+        except StoreError:
+            raise
         except (*_ARROW_ERRORS, MemoryError) as failed:
             error = reason_of(failed)
         return Datum(self._ids[position], position, array, label, split, error)
@@ -131,7 +156,7 @@ class ArrowDataset(Dataset):
         part, index = self._chunks[chunk]
         rows = self._opened(part).chunk(index)
         if len(rows) != self._parts[part].rows[index]:
-            raise ValueError(f"a chunk of {self._parts[part].path.name!r} has another length than when it was opened")
+            raise ValueError(f"a chunk of {self._parts[part].name!r} has another length than when it was opened")
         rows.validate(full=True)
         return rows
 
@@ -147,7 +172,8 @@ def _one_row(rows: pa.ChunkedArray, row: int) -> pa.Array:
 class _Part:
     """What is remembered of a file that is not open."""
 
-    path: Path
+    name: str
+    """Without the folders that it lies in, as messages show it."""
     split: str | None
     rows: list[int]
     """Of each chunk."""
@@ -167,19 +193,35 @@ class _Opened(Protocol):
         ...
 
 
-def _open(path: Path, column: str) -> _Opened:
-    """A file, by what it starts with, whatever its name says."""
-    with path.open("rb") as file:
-        magic = file.read(6)
+def _open(files: Files, path: str, column: str, batches: Batches | None = None) -> _Opened:
+    """A file, by what it starts with, whatever its name says.
+
+    Args:
+        batches: of an IPC file in an object store, where they are known.
+    """
+    source = files.source(path)
+    magic = _start_of(source)
     if magic[:4] == b"PAR1":
-        return _ParquetFile(path, column)
+        return _ParquetFile(source, column)
     if magic == b"ARROW1":
-        return _IpcFile(path, column)
+        if isinstance(source, Path):
+            return _IpcFile(_mapped(source), column)
+        return _remote_ipc(source, column, batches or batches_of_file(source))
     if magic[:4] == b"FEA1":
         raise ValueError("it is of the first version of Feather; write it again with a current pyarrow")
     if magic[:4] == b"\xff\xff\xff\xff":
-        return _IpcStream(path, column)
+        if isinstance(source, Path):
+            return _IpcStream(source, column)
+        return _remote_ipc(source, column, batches or batches_of_stream(source))
     raise ValueError("it is neither Parquet nor Arrow IPC nor Feather, by its first bytes")
+
+
+def _start_of(source: Path | BinaryIO) -> bytes:
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            return file.read(6)
+    source.seek(0)
+    return source.read(6)
 
 
 class _Cursor:
@@ -192,7 +234,11 @@ class _Cursor:
         if index < self._next:
             self._batches, self._next = self._start(), 0
         while True:
-            batch = next(self._batches, None)
+            try:
+                batch = next(self._batches, None)
+            except StoreError:
+                self._next = sys.maxsize  # the iterator has ended with this; the next call starts again
+                raise
             if batch is None:
                 raise ValueError("the file has fewer rows than when it was opened")
             self._next += 1
@@ -203,8 +249,8 @@ class _Cursor:
 class _ParquetFile:
     """Row groups whole, or, where their data are more than `_CHUNK_BYTES`, in pieces that are streamed."""
 
-    def __init__(self, path: Path, column: str) -> None:
-        self._file, self._column = pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES), column
+    def __init__(self, source: Path | BinaryIO, column: str) -> None:
+        self._file, self._column = pq.ParquetFile(source, pre_buffer=False, buffer_size=_READ_BYTES), column
         self.schema: pa.Schema = self._file.schema_arrow
         self._places: list[tuple[int, int, int]] = []  # (row group, piece, rows of a whole piece or 0)
         self.rows: list[int] = []
@@ -251,24 +297,32 @@ def _cheapest(schema: pa.Schema, column: str) -> list[str]:
 
 
 class _IpcFile:
-    """Record batches of a memory-mapped IPC file (Feather)."""
+    """Record batches of an IPC file (Feather), memory-mapped or read by ranges."""
 
-    def __init__(self, path: Path, column: str) -> None:
-        self._buffer = _mapped(path)
-        self.schema: pa.Schema = pa.ipc.open_file(self._buffer).schema
+    def __init__(self, source: pa.Buffer | pa.NativeFile, column: str, batches: Batches | None = None) -> None:
+        self._source, self.batches = source, batches
+        self.schema: pa.Schema = pa.ipc.open_file(source).schema
         if column in self.schema.names:
             self._reader = self._open([column])
-            counting = self._open(_cheapest(self.schema, column))
-            self.rows = [counting.get_batch(i).num_rows for i in range(counting.num_record_batches)]
+            self.rows: list[int] = self._counted(column) if batches is None else batches.rows
+
+    def _counted(self, column: str) -> list[int]:
+        counting = self._open(_cheapest(self.schema, column))
+        return [counting.get_batch(i).num_rows for i in range(counting.num_record_batches)]
 
     def _open(self, names: list[str]) -> Any:
-        return pa.ipc.open_file(self._buffer, options=_only(self.schema, names))
+        return pa.ipc.open_file(self._source, options=_only(self.schema, names))
 
     def chunk(self, index: int) -> pa.ChunkedArray:
         return pa.chunked_array([self._reader.get_batch(index).column(0)])
 
     def narrow(self, names: list[str]) -> pa.Table:
         return self._open(names).read_all()
+
+
+def _remote_ipc(file: BinaryIO, column: str, batches: Batches) -> _IpcFile:
+    """An IPC file or stream of which one column of one batch is fetched at a time."""
+    return _IpcFile(pa.PythonFile(batches.behind(file), "r"), column, batches)
 
 
 class _IpcStream:
@@ -311,13 +365,13 @@ class _IpcStream:
 # --- narrow columns
 
 
-def _require_columns(path: Path, schema: pa.Schema, columns: ArrowColumns) -> None:
+def _require_columns(file: str, schema: pa.Schema, columns: ArrowColumns) -> None:
     keys = {"column": columns.data, "id_column": columns.id, "label_column": columns.label}
     for key, name in (keys | {"split_column": columns.split}).items():
         count = 1 if name is None else schema.names.count(name)
         require(
             count == 1,
-            f"dataset.{key}: {path.name!r} has {'no column' if not count else f'{count} columns'} {name!r}; "
+            f"dataset.{key}: {file!r} has {'no column' if not count else f'{count} columns'} {name!r}; "
             f"its columns: {', '.join(schema.names)}",
         )
 
@@ -352,7 +406,7 @@ class _ArrowIds(ComputedIds):
             yield from self._array.slice(start, _IDS_AT_ONCE).to_pylist()
 
 
-def _ids_of_column(name: str, columns: list[tuple[Path, pa.ChunkedArray]]) -> Sequence[str]:
+def _ids_of_column(name: str, columns: list[tuple[str, pa.ChunkedArray]]) -> Sequence[str]:
     array = _plain("id", name, columns).cast(pa.large_string()).combine_chunks()
     if array.null_count:
         position = array.is_null().index(True).as_py()
@@ -364,7 +418,7 @@ def _ids_of_column(name: str, columns: list[tuple[Path, pa.ChunkedArray]]) -> Se
     return ids
 
 
-def _labels_of_column(key: str, name: str, columns: list[tuple[Path, pa.ChunkedArray]]) -> pa.Array:
+def _labels_of_column(key: str, name: str, columns: list[tuple[str, pa.ChunkedArray]]) -> pa.Array:
     """int64, or a dictionary of strings."""
     values = _plain(key, name, columns)
     if not types.is_integer(values.type):
@@ -372,7 +426,7 @@ def _labels_of_column(key: str, name: str, columns: list[tuple[Path, pa.ChunkedA
     return values.combine_chunks()
 
 
-def _plain(key: str, name: str, columns: list[tuple[Path, pa.ChunkedArray]]) -> pa.ChunkedArray:
+def _plain(key: str, name: str, columns: list[tuple[str, pa.ChunkedArray]]) -> pa.ChunkedArray:
     """A column of all files as int64 or large_string.
 
     Raises:
@@ -380,20 +434,19 @@ def _plain(key: str, name: str, columns: list[tuple[Path, pa.ChunkedArray]]) -> 
     """
     chunks: list[pa.Array] = []
     kinds: dict[Any, str] = {}
-    for path, column in columns:
+    for file, column in columns:
         found = column.type.value_type if types.is_dictionary(column.type) else column.type
         is_text = types.is_string(found) or types.is_large_string(found) or types.is_string_view(found)
         if not (is_text or types.is_integer(found) or types.is_boolean(found)):
             raise CallerError(
-                f"dataset.{key}_column: the column {name!r} of {path.name!r} holds {found}; "
-                "expected integers or strings"
+                f"dataset.{key}_column: the column {name!r} of {file!r} holds {found}; expected integers or strings"
             )
         wanted = pa.large_string() if is_text else pa.int64()
-        kinds.setdefault(wanted, path.name)
+        kinds.setdefault(wanted, file)
         try:
             chunks += column.cast(found).cast(wanted).chunks
         except pa.ArrowInvalid as error:
-            raise CallerError(f"dataset.{key}_column: the column {name!r} of {path.name!r}: {error}") from error
+            raise CallerError(f"dataset.{key}_column: the column {name!r} of {file!r}: {error}") from error
     if len(kinds) > 1:
         files = " and ".join(f"{kind} in {file!r}" for kind, file in kinds.items())
         raise CallerError(f"dataset.{key}_column: the column {name!r} is {files}; expected one type in all files")

@@ -7,8 +7,10 @@ Inputs are hostile, and each bad file is a datum with a reason:
 - Only raster formats are tried: others would start an interpreter (EPS runs Ghostscript), whatever the name says.
 - Opening a pipe would wait forever, and a link may lead to anything; so only regular files inside the folder are read.
 - Names are bytes. In ids, what is no UTF-8 or what a terminal would obey is escaped.
+- An object may have any size: one that no image needs is refused by the size that its listing gives.
 """
 
+import io
 import os
 import re
 import stat
@@ -16,13 +18,15 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from pathlib import Path, PurePath
-from typing import Any, BinaryIO
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
 from nfscale.datasets.base import Dataset, Datum, Label, require
 from nfscale.datasets.labels import labels_of_csv
+from nfscale.datasets.places import MAX_ENCODED_BYTES, located, matches, opening
+from nfscale.files import Entry, ObjectFiles, StoreError
 
 MAX_PIXELS = 64 << 20
 """64 Mi pixels: a full-batch coordinate table of more would not fit where the engine runs."""
@@ -43,17 +47,19 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Folder:
-    """Files below `path` that match `pattern`; without a pattern, files with the suffix of an image."""
+    """Files below `path` that match `pattern`; without a pattern, files with the suffix of an image.
+
+    Below a URI: one listing, and one request for each datum that is read.
+    """
 
     path: str
     pattern: str | None = None
     label_from: str | None = None
-    """`parent`: the name of the folder that a file lies in. Otherwise the path of a CSV with a header and the
+    """`parent`: the name of the folder that a file lies in. Otherwise the path or URI of a CSV with a header and the
     columns `id` (the path below the folder), `label` and optionally `split`."""
 
     def open(self) -> "FolderDataset":
-        root = Path(self.path)
-        require(root.is_dir(), f"dataset.path: no folder {self.path!r}; it is looked up from {Path.cwd()}")
+        files, _ = located(self.path, "folder")
         if self.pattern is not None:
             parts = PurePath(self.pattern).parts
             require(
@@ -65,51 +71,118 @@ class Folder:
                 all("**" not in part or part == "**" for part in parts),
                 f"dataset.pattern: in {self.pattern!r} a ** is not a whole part; write **/*.png for all folders",
             )
-        dataset = FolderDataset(root, self.pattern, self.label_from)
+        remote = isinstance(files, ObjectFiles)
+        images = _ObjectImages(files, self.pattern) if remote else _LocalImages(Path(self.path), self.pattern)
+        dataset = FolderDataset(images, self.label_from)
         wanted = f"match {self.pattern!r}" if self.pattern else f"end in one of {' '.join(sorted(IMAGE_SUFFIXES))}"
-        require(bool(dataset.ids), f"dataset.path: no files below {self.path!r} {wanted}")
+        with opening("dataset.path"):
+            require(bool(dataset.ids), f"dataset.path: no files below {self.path!r} {wanted}")
         if self.label_from not in (None, "parent"):
-            dataset.labels = labels_of_csv(self.label_from, dataset.ids, dataset.has_file)
+            dataset.labels = labels_of_csv(self.label_from, dataset.ids, images.has_file)
         return dataset
 
 
 class FolderDataset(Dataset):
     """Whatever matches is a datum, but for folders: a link that leads nowhere or a pipe is one with a reason."""
 
-    def __init__(self, root: Path, pattern: str | None, label_from: str | None) -> None:
-        self.root, self.pattern, self.label_from = root, pattern, label_from
+    def __init__(self, images: "_Images", label_from: str | None) -> None:
+        self._images, self.label_from = images, label_from
         self.labels: dict[str, tuple[Label, str | None]] = {}
 
     @cached_property
     def _names(self) -> list[str]:
-        """Paths below the root as the file system has them."""
-        found = self.root.glob(self.pattern or "**/*")
-        if self.pattern is None:
-            found = (path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
-        return sorted(path.relative_to(self.root).as_posix() for path in found if not os.path.isdir(path))
+        return sorted(self._images.names())
 
     @cached_property
     def ids(self) -> Sequence[str]:
-        return [escaped(name) for name in self._names]
-
-    @cached_property
-    def _real_root(self) -> str:
-        return os.path.realpath(self.root)
-
-    def has_file(self, name: str) -> bool:
-        """Whether there is a file of this path below the root, be it among the data or not."""
-        return ".." not in PurePath(name).parts and os.path.isfile(self.root / name)
+        return [escaped_path(name) for name in self._names]
 
     def read(self, position: int) -> Datum:
         datum_id, name = self.ids[position], self._names[position]
         label, split = self.labels.get(datum_id, (None, None))
         if self.label_from == "parent":
-            label = escaped((self.root / name).parent.name)
+            label = escaped(f"{self._images.title}/{name}".split("/")[-2])
         try:
-            with _opened_inside(self._real_root, name) as stream:
+            with self._images.opened(name) as stream:
                 return Datum(datum_id, position, read_image(stream), label, split)
+        except StoreError:
+            raise
         except (OSError, ValueError) as error:
             return Datum(datum_id, position, None, label, split, reason_of(error))
+
+
+class _Images(Protocol):
+    """Encoded images by their paths below a folder."""
+
+    title: str
+    """The name of the folder itself."""
+
+    def names(self) -> list[str]: ...
+
+    def has_file(self, name: str) -> bool:
+        """Whether there is a file of this path below the folder, be it among the data or not."""
+        ...
+
+    def opened(self, name: str) -> BinaryIO:
+        """An encoded image.
+
+        Raises:
+            OSError: if it cannot be read.
+            ValueError: with the reason, if it is not to be read.
+        """
+        ...
+
+
+class _LocalImages:
+    """Of a folder that may hold links, pipes and whatever else a file system has."""
+
+    def __init__(self, root: Path, pattern: str | None) -> None:
+        self._root, self._pattern = root, pattern
+        self.title = root.name
+
+    def names(self) -> list[str]:
+        """Paths below the root as the file system has them."""
+        found = self._root.glob(self._pattern or "**/*")
+        if self._pattern is None:
+            found = (path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
+        return [path.relative_to(self._root).as_posix() for path in found if not os.path.isdir(path)]
+
+    def has_file(self, name: str) -> bool:
+        return ".." not in PurePath(name).parts and os.path.isfile(self._root / name)
+
+    @cached_property
+    def _real_root(self) -> str:
+        return os.path.realpath(self._root)
+
+    def opened(self, name: str) -> BinaryIO:
+        return _opened_inside(self._real_root, name)
+
+
+class _ObjectImages:
+    """Below a prefix of an object store."""
+
+    def __init__(self, files: ObjectFiles, pattern: str | None) -> None:
+        self._files, self._pattern = files, pattern
+        self.title = files.root.rpartition("/")[2]
+
+    @cached_property
+    def _entries(self) -> dict[str, Entry]:
+        return self._files.entries()
+
+    def names(self) -> list[str]:
+        if self._pattern is None:
+            return [name for name in self._entries if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
+        pattern = PurePosixPath(self._pattern).parts
+        return [name for name in self._entries if matches(name.split("/"), pattern)]
+
+    def has_file(self, name: str) -> bool:
+        return name in self._entries
+
+    def opened(self, name: str) -> BinaryIO:
+        size = self._entries[name].size
+        if size > MAX_ENCODED_BYTES:
+            raise ValueError(f"too large: an object of {size} bytes, at most {MAX_ENCODED_BYTES} are read")
+        return io.BytesIO(self._files.range(name, 0, MAX_ENCODED_BYTES))  # it may have grown since it was listed
 
 
 def escaped(name: str) -> str:
@@ -125,6 +198,12 @@ def escaped(name: str) -> str:
         return rf"\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else rf"\u{code:04x}"
 
     return _ESCAPED.sub(escape, name)
+
+
+def escaped_path(path: str) -> str:
+    """A path as an id: as `escaped`, and without the parts that would lead elsewhere or nowhere."""
+    parts = [rf"\u{ord(part[0]):04x}" * len(part) if part in (".", "..") else escaped(part) for part in path.split("/")]
+    return "/".join([part or r"\u002f" for part in parts])
 
 
 def _opened_inside(root: str, name: str) -> BinaryIO:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from nfscale.datasets.base import Dataset, require
+from nfscale.datasets.places import located, opening
 from nfscale.errors import CallerError
+from nfscale.files import Files, StoreError
 
 
 @dataclass(frozen=True)
@@ -23,53 +25,61 @@ class HuggingFace:
     """Of an array that the column holds flat."""
 
     def open(self) -> Dataset:
-        from nfscale.datasets.arrow import ArrowColumns, open_files  # pyarrow is needed by those who read tables
+        from nfscale.datasets.arrow import ArrowColumns, open_columns  # pyarrow is needed by those who read tables
 
-        root = Path(self.path)
-        require(root.is_dir(), f"dataset.path: no folder {self.path!r}; it is looked up from {Path.cwd()}")
-        if (root / "dataset_dict.json").is_file():
-            names = _json(root / "dataset_dict.json").get("splits")
-            if not isinstance(names, list) or not all(map(_is_plain, names)) or len(names) != len(set(names)):
-                raise CallerError(
-                    "dataset.path: dataset_dict.json names no splits; expected what DatasetDict.save_to_disk wrote"
-                )
-            splits = [(root / name, name) for name in names]
-        else:
-            splits = [(root, None)]
-        files = []
-        for folder, name in splits:
-            state = _state(folder)
-            split = name or _split_of(state)
-            files += [(folder / file["filename"], split) for file in state["_data_files"]]
-        require(bool(files), f"dataset.path: {self.path!r} lists no data files, so it has no rows")
         columns = ArrowColumns(self.column, label=self.label_column, shape=self.shape)
-        return open_files(files, columns)
+        files, _ = located(self.path, "folder")
+        with opening("dataset.path"):
+            named = _data_files(files)
+            require(bool(named), f"dataset.path: {self.path!r} lists no data files, so it has no rows")
+            return open_columns(files, named, columns)
 
 
-def _state(folder: Path) -> dict[str, Any]:
+def _data_files(files: Files) -> list[tuple[str, str | None]]:
+    """The (name, split) of each file with rows, in their order."""
+    folders: list[tuple[str, str | None]] = [("", None)]
+    if files.size("dataset_dict.json") is not None:
+        names = _json(files, "dataset_dict.json").get("splits")
+        if not isinstance(names, list) or not all(map(_is_plain, names)) or len(names) != len(set(names)):
+            raise CallerError(
+                "dataset.path: dataset_dict.json names no splits; expected what DatasetDict.save_to_disk wrote"
+            )
+        folders = [(f"{name}/", name) for name in names]
+    found = []
+    for folder, name in folders:
+        state = _state(files, folder)
+        split = name or _split_of(state)
+        found += [(folder + file["filename"], split) for file in state["_data_files"]]
+    return found
+
+
+def _state(files: Files, folder: str) -> dict[str, Any]:
     """What state.json says, with file names that stay in the folder."""
-    if not (folder / "state.json").is_file():
+    place = files.place(folder.rstrip("/"))
+    if files.size(f"{folder}state.json") is None:
         raise CallerError(
-            f"dataset.path: no state.json in {str(folder)!r}; expected a folder that Dataset.save_to_disk or "
+            f"dataset.path: no state.json in {place!r}; expected a folder that Dataset.save_to_disk or "
             "DatasetDict.save_to_disk wrote (dataset.kind=table reads Parquet and Arrow files as they are)"
         )
-    state = _json(folder / "state.json")
-    files = state.get("_data_files")
-    named = isinstance(files, list) and all(isinstance(f, dict) and _is_plain(f.get("filename")) for f in files)
-    require(named, f"dataset.path: {folder.name}/state.json names no data files inside its folder")
+    state = _json(files, f"{folder}state.json")
+    listed = state.get("_data_files")
+    named = isinstance(listed, list) and all(isinstance(f, dict) and _is_plain(f.get("filename")) for f in listed)
+    require(named, f"dataset.path: {folder}state.json names no data files inside its folder")
     require(
         not state.get("_indices_data_files") and not state.get("_indices_files"),
-        f"dataset.path: {folder.name!r} is a selection by indices; save dataset.flatten_indices() instead",
+        f"dataset.path: {place!r} is a selection by indices; save dataset.flatten_indices() instead",
     )
     return state
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(files: Files, name: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(files.read(name).decode("utf-8"))
+    except StoreError:
+        raise
     except (OSError, ValueError) as error:
-        raise CallerError(f"dataset.path: cannot read {path.name}: {error}") from error
-    require(isinstance(content, dict), f"dataset.path: {path.name} holds no object")
+        raise CallerError(f"dataset.path: cannot read {name}: {error}") from error
+    require(isinstance(content, dict), f"dataset.path: {name} holds no object")
     return content
 
 

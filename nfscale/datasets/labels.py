@@ -1,11 +1,15 @@
 """Labels and splits of files from a CSV beside them."""
 
 import csv
+import io
 import re
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 from nfscale.datasets.base import Label
+from nfscale.datasets.places import object_of, opening
 from nfscale.errors import CallerError
+from nfscale.files import StoreError, is_uri
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")  # fits int64
 
@@ -20,7 +24,7 @@ def labels_of_csv(
     them out.
 
     Args:
-        source: the path of a CSV with a header and the columns `id`, `label` and optionally `split`.
+        source: the path or URI of a CSV with a header and the columns `id`, `label` and optionally `split`.
         exists: whether there is a file of that id.
 
     Raises:
@@ -46,7 +50,7 @@ def _rows(source: str) -> dict[str, tuple[int, str, str]]:
     """The (line, label, split) of each id, as text."""
     rows: dict[str, tuple[int, str, str]] = {}
     try:
-        with open(source, newline="", encoding="utf-8-sig") as file:
+        with _opened(source) as file:
             table = csv.DictReader(file, restval="")
             columns = list(table.fieldnames or [])
             if missing := [name for name in ("id", "label") if name not in columns]:
@@ -62,6 +66,8 @@ def _rows(source: str) -> dict[str, tuple[int, str, str]]:
                         f"{table.line_num}; keep one of them"
                     )
                 rows[datum_id] = (table.line_num, row["label"].strip(), row.get("split", "").strip())
+    except StoreError:
+        raise
     except OSError as error:
         raise CallerError(
             f"dataset.label_from is parent or the path of a CSV; cannot read {source!r}: {error.strerror or error}"
@@ -69,3 +75,14 @@ def _rows(source: str) -> dict[str, tuple[int, str, str]]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise CallerError(f"dataset.label_from: {source!r} is not a CSV in UTF-8: {error}") from error
     return rows
+
+
+def _opened(source: str) -> TextIO:
+    if not is_uri(source):
+        return open(source, newline="", encoding="utf-8-sig")
+    place = object_of(source)
+    if place is None:
+        raise CallerError(f"dataset.label_from: {source!r} names no object; expected the URI of a CSV")
+    with opening("dataset.label_from"):
+        content = place[0].read(place[1])
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline="")

@@ -1,9 +1,10 @@
 """A column of images or arrays in Parquet, Arrow IPC or Feather files, labelled by other columns."""
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 
 from nfscale.datasets.base import Dataset, require
+from nfscale.datasets.places import located, opening
 
 _SUFFIXES = {".parquet", ".pq", ".arrow", ".arrows", ".ipc", ".feather"}
 
@@ -12,8 +13,8 @@ _SUFFIXES = {".parquet", ".pq", ".arrow", ".arrows", ".ipc", ".feather"}
 class Table:
     """Rows of a Parquet, Arrow IPC (file or stream) or Feather file, or of such files in a folder, in order of name.
 
-    Rows are read by row group or record batch; a worker never holds the table. Parquet files with row groups of
-    hundreds of rows are read fastest; very large row groups are streamed through.
+    Rows are read by row group or record batch; a worker never holds the table, nor does it fetch all of it. Parquet
+    files with row groups of hundreds of rows are read fastest; very large row groups are streamed through.
     """
 
     path: str
@@ -29,16 +30,19 @@ class Table:
     """Of an array that the column holds flat."""
 
     def open(self) -> Dataset:
-        from nfscale.datasets.arrow import ArrowColumns, open_files  # pyarrow is needed by those who read tables
+        from nfscale.datasets.arrow import ArrowColumns, open_columns  # pyarrow is needed by those who read tables
 
-        root = Path(self.path)
-        require(root.exists(), f"dataset.path: no file or folder {self.path!r}; it is looked up from {Path.cwd()}")
-        files = [root]
-        if root.is_dir():
-            found = (path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
-            files = sorted(path for path in found if not path.name.startswith((".", "_")))
-            require(
-                bool(files), f"dataset.path: no files below {self.path!r} end in one of {' '.join(sorted(_SUFFIXES))}"
-            )
         columns = ArrowColumns(self.column, self.id_column, self.label_column, self.split_column, self.shape)
-        return open_files([(path, None) for path in files], columns)
+        files, name = located(self.path)
+        with opening("dataset.path"):
+            names = [name] if name is not None else [one for one in files.names() if _is_table(one)]
+            require(
+                bool(names), f"dataset.path: no files below {self.path!r} end in one of {' '.join(sorted(_SUFFIXES))}"
+            )
+            names.sort(key=lambda one: one.split("/"))
+            return open_columns(files, [(one, None) for one in names], columns)
+
+
+def _is_table(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix.lower() in _SUFFIXES and not path.name.startswith((".", "_"))

@@ -1,7 +1,9 @@
 """WebDataset: tars whose members share a key up to the first dot of their names, such as 017.png, 017.cls, 017.json.
 
 Headers are read once per process, with `tarfile`; members are then read by their offsets, so a worker reads
-nothing but its range. Nothing is extracted to the disk.
+nothing but its range. Nothing is extracted to the disk. In an object store a header is a request of a few kilobytes,
+after which its content is jumped over (labels lie beside it, and are read with it), and many tars are gone through at
+a time.
 
 Inputs are hostile. A header may claim any size, lead backwards or name a path above the tar; a tar may end
 anywhere. What a sample is to blame for costs its own row. Where a tar is damaged, what follows cannot be found:
@@ -12,20 +14,22 @@ import glob
 import io
 import json
 import os
+import posixpath
 import tarfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nfscale.datasets.base import Dataset, Datum, Label, require
-from nfscale.datasets.folder import IMAGE_SUFFIXES, escaped, read_image, reason_of
+from nfscale.datasets.folder import IMAGE_SUFFIXES, escaped, escaped_path, read_image, reason_of
+from nfscale.datasets.places import MAX_ENCODED_BYTES, located, matches, opening
 from nfscale.errors import CallerError
+from nfscale.files import Entry, Files, LocalFiles, ObjectFiles, StoreError, is_uri
 
-MAX_ENCODED_BYTES = 512 << 20
-"""Of an image's member: more than the largest image that is decoded takes uncompressed."""
-
+_TARS_AT_ONCE = 16  # in an object store, where a tar is indexed by one small request after the other
 _MAX_HEADER_BYTES = 8 << 20  # of one extended header; real ones hold a path
 _MAX_LABEL_BYTES = 1 << 20
 _HEADER_ERRORS = (tarfile.TarError, OSError, ValueError, LookupError, OverflowError, RecursionError, MemoryError)
@@ -48,17 +52,33 @@ class WebDataset:
         require(self.key is None or bool(self.key.strip(".")), "dataset.key is an extension such as png, or null")
         known = self.label in (None, "cls") or (self.label.startswith("json:") and self.label != "json:")
         require(known, f"dataset.label is cls, json:FIELD or null, got {self.label!r}")
-        dataset = WebDatasetDataset(_tars(self.path), self.key and self.key.strip(".").lower(), self.label)
-        require(bool(dataset.ids), f"dataset.path: no samples in the tars of {self.path!r}")
+        with opening("dataset.path"):
+            dataset = WebDatasetDataset(_tars(self.path), self.key and self.key.strip(".").lower(), self.label)
+            require(bool(dataset.ids), f"dataset.path: no samples in the tars of {self.path!r}")
         return dataset
 
 
-def _tars(path: str) -> dict[str, str]:
-    """Paths of tars by their names, sorted.
+@dataclass(frozen=True)
+class _Tar:
+    files: Files = field(compare=False)
+    name: str
+    place: str
+    entry: Entry
+    """With the place it tells whether this is still the tar that was read."""
+
+
+def _tars(path: str) -> list[_Tar]:
+    """The tars in the order of their names without the suffix, below the folder that they share.
 
     Raises:
-        CallerError: if there are none, or one is compressed.
+        CallerError: if there are none.
     """
+    files, entries = _objects(path) if is_uri(path) else _local_tars(path)
+    found = [_Tar(files, name, files.place(name), entry) for name, entry in entries.items()]
+    return sorted(found, key=lambda tar: tar.name.removesuffix(".tar"))
+
+
+def _local_tars(path: str) -> tuple[LocalFiles, dict[str, Entry]]:
     if os.path.isfile(path):
         found, root = [path], os.path.dirname(path)
     elif os.path.isdir(path):
@@ -74,75 +94,77 @@ def _tars(path: str) -> dict[str, str]:
             f"dataset.path: no tar at {path!r}; it is a .tar, a folder of them or a pattern such as 'shards/*.tar', "
             f"looked up from {Path.cwd()}{hint}"
         )
-    for tar in found:
-        with open(tar, "rb") as file:
-            start = file.read(8)
-        for magic, packer in _COMPRESSED.items():
-            if start.startswith(magic):
-                raise CallerError(
-                    f"dataset.path: {tar!r} is compressed ({packer}), so its members cannot be read one by one; "
-                    "decompress it, the images in it are compressed anyway"
-                )
-    names = {Path(os.path.relpath(tar, root or ".")).as_posix().removesuffix(".tar"): tar for tar in found}
-    return {name: names[name] for name in sorted(names)}
+    files = LocalFiles(root or ".")
+    names = [Path(os.path.relpath(tar, root or ".")).as_posix() for tar in found]
+    return files, {name: entry for name in names if (entry := files.entry(name)) is not None}
+
+
+def _objects(uri: str) -> tuple[ObjectFiles, dict[str, Entry]]:
+    """A tar, those below a prefix, or those that match a pattern, as in a local folder."""
+    parts = uri.rstrip("/").split("/")
+    fixed = next((place for place, part in enumerate(parts) if glob.has_magic(part)), None)
+    if fixed is None:
+        files, name = located(uri)
+        assert isinstance(files, ObjectFiles)
+        if name is not None and (entry := files.entry(name)) is not None:
+            return files, {name: entry}
+        found = {name: entry for name, entry in files.entries().items() if name.endswith(".tar")}
+        folder = ""
+    else:
+        files = ObjectFiles("/".join(parts[:fixed]))
+        pattern = parts[fixed:]
+        found = {name: entry for name, entry in files.entries().items() if _is_globbed(name.split("/"), pattern)}
+        folder = posixpath.commonpath([posixpath.dirname(name) for name in found]) if found else ""
+    if not found:
+        raise CallerError(
+            f"dataset.path: no tar at {uri!r}; it is a .tar, a prefix of them or a pattern such as "
+            "s3://bucket/shards/*.tar"
+        )
+    if folder:
+        files = ObjectFiles(f"{files.root}/{folder}")
+        found = {posixpath.relpath(name, folder): entry for name, entry in found.items()}
+    return files, found
+
+
+def _is_globbed(parts: list[str], pattern: list[str]) -> bool:
+    """Whether `glob` would find it: a name that starts with a dot has to be asked for."""
+    asked = {part for part in pattern if part.startswith(".")}
+    return matches(parts, pattern) and (bool(asked) or not any(part.startswith(".") for part in parts))
 
 
 class WebDatasetDataset(Dataset):
-    def __init__(self, tars: dict[str, str], key: str | None, label: str | None) -> None:
+    def __init__(self, tars: list[_Tar], key: str | None, label: str | None) -> None:
         self.tars, self.key, self.label = tars, key, label
 
     @cached_property
-    def _samples(self) -> list["tuple[str, _Sample]"]:
+    def _samples(self) -> list["tuple[_Tar, _Sample]"]:
         """(tar, sample) in the order of the tars and, within them, of first members."""
-        label_extension = "json" if (self.label or "").startswith("json:") else self.label
-        samples = []
-        for name, path in self.tars.items():
-            found = os.stat(path)
-            index = _index(path, name, self.key, label_extension, found.st_size, found.st_mtime_ns)
-            samples += [(path, sample) for sample in index]
-        return samples
+        at_once = 1 if isinstance(self.tars[0].files, LocalFiles) else _TARS_AT_ONCE
+        with ThreadPoolExecutor(at_once) as pool:
+            indices = pool.map(lambda tar: _index(tar, self.key, self.label), self.tars)
+            return [(tar, sample) for tar, index in zip(self.tars, indices, strict=True) for sample in index]
 
     @cached_property
     def ids(self) -> Sequence[str]:
         return [sample.id for _, sample in self._samples]
 
-    def read(self, position: int) -> Datum:
-        path, sample = self._samples[position]
-        label = self._label_of(path, sample)
-        if label is not None and isinstance(label, str) != (self._label_kind is str):
-            label = None
-        try:
-            return Datum(sample.id, position, read_image(io.BytesIO(_content(path, sample))), label)
-        except (OSError, ValueError) as error:
-            return Datum(sample.id, position, None, label, error=reason_of(error))
-
     @cached_property
     def _label_kind(self) -> type | None:
         """The kind of the first label; those of a dataset are all of one kind."""
-        labels = (self._label_of(path, sample) for path, sample in self._samples if sample.label)
-        return next((type(label) for label in labels if label is not None), None)
+        return next((type(sample.label) for _, sample in self._samples if sample.label is not None), None)
 
-    def _label_of(self, path: str, sample: "_Sample") -> Label:
-        if self.label is None or sample.label is None or sample.label[1] > _MAX_LABEL_BYTES:
-            return None
+    def read(self, position: int) -> Datum:
+        tar, sample = self._samples[position]
+        label = sample.label if type(sample.label) is self._label_kind else None
         try:
-            text = _bytes_at(path, *sample.label).decode("utf-8").strip()
-            value = json.loads(text).get(self.label.removeprefix("json:")) if self.label != "cls" else text
-        except (OSError, ValueError, AttributeError, RecursionError):  # JSON may be no object, or nested without end
-            return None
-        return _as_label(value, parse=self.label == "cls")
+            return Datum(sample.id, position, read_image(io.BytesIO(_content(tar, sample))), label)
+        except StoreError:
+            raise
+        except (OSError, ValueError) as error:
+            return Datum(sample.id, position, None, label, error=reason_of(error))
 
 
-def _as_label(value: Any, parse: bool) -> Label:
-    """Integers that fit the table, or text without lone surrogates; anything else is no label."""
-    if parse and value.removeprefix("-").isdecimal() and len(value) < 20:
-        value = int(value)
-    if isinstance(value, int):
-        return int(value) if value in _INT64 else None
-    return escaped(value) if isinstance(value, str) and value else None
-
-
-def _content(path: str, sample: "_Sample") -> bytes:
+def _content(tar: _Tar, sample: "_Sample") -> bytes:
     """The encoded image of a sample.
 
     Raises:
@@ -156,13 +178,7 @@ def _content(path: str, sample: "_Sample") -> bytes:
         raise ValueError(f"the sample has no member with an image; it has the extensions {seen}")
     if sample.image[1] > MAX_ENCODED_BYTES:
         raise ValueError(f"too large: a member of {sample.image[1]} bytes, at most {MAX_ENCODED_BYTES} are read")
-    return _bytes_at(path, *sample.image)
-
-
-def _bytes_at(path: str, offset: int, size: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
+    return tar.files.range(tar.name, *sample.image)
 
 
 # --- the index of a tar
@@ -176,44 +192,51 @@ class _Sample:
     image: tuple[int, int] | None = None
     """Offset and size in bytes."""
     image_extension: str = ""
-    label: tuple[int, int] | None = None
+    label: Label = None
     error: str | None = None
     extensions: list[str] = field(default_factory=list)
     """The first few, for the reason of a sample without an image."""
 
 
 @lru_cache(maxsize=4096)  # tars; a run opens its dataset several times, for the plan, the work, the review
-def _index(path: str, name: str, key: str | None, label: str | None, size: int, changed: int) -> list[_Sample]:
-    """The samples of a tar of `size` bytes, and one with an error where it is damaged.
+def _index(tar: _Tar, key: str | None, label: str | None) -> list[_Sample]:
+    """The samples of a tar, and one with an error where it is damaged.
 
     Args:
-        key, label: extensions of the members with the image and the label.
-        changed: time of the last change; with the size it tells whether this is still the tar that was read.
+        key: extension of the member with the image.
+        label: as the job names it.
+
+    Raises:
+        CallerError: if it is compressed.
+        OSError: if it cannot be opened.
     """
+    name, size = escaped_path(tar.name.removesuffix(".tar")), tar.entry.size
+    label_extension = "json" if (label or "").startswith("json:") else label
     samples: dict[str, _Sample] = {}
     extra: list[_Sample] = []  # of which the key says too little: repeats, and where the tar is damaged
-    try:
-        for member in _members(path, size):
-            sample_key, extension = _key_and_extension(member.name)
-            if member.isdir() or not extension or sample_key.rpartition("/")[2].startswith("__"):
-                continue
-            is_image = extension == key if key else f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES
-            datum_id = f"{escaped(name)}/{_escaped_key(sample_key)}"
-            sample = samples.setdefault(datum_id, _Sample(datum_id))
-            place = (member.offset_data, member.size)
-            if len(sample.extensions) < 4 and not sample.image:
-                sample.extensions.append(extension)
-            if extension == label:
-                sample.label = place if member.isreg() and not member.issparse() else None
-            elif is_image and sample.image and extension == sample.image_extension:
-                twin = _Sample(f"{datum_id}@{member.offset}")
-                twin.error = "the key occurs before in its tar; a key is for one image"
-                extra.append(twin)
-            elif is_image and sample.image is None:
-                sample.image, sample.image_extension = place, extension
-                sample.error = _fault_of(member, size)
-    except _DamagedError as error:
-        extra.append(_Sample(f"{escaped(name)}/@{error.offset}", error=str(error)))
+    with tar.files.open(tar.name) as file:
+        _refuse_compressed(file, tar.place)
+        try:
+            for member in _members(file, size):
+                sample_key, extension = _key_and_extension(member.name)
+                if member.isdir() or not extension or sample_key.rpartition("/")[2].startswith("__"):
+                    continue
+                is_image = extension == key if key else f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES
+                datum_id = f"{name}/{escaped_path(sample_key)}"
+                sample = samples.setdefault(datum_id, _Sample(datum_id))
+                if len(sample.extensions) < 4 and not sample.image:
+                    sample.extensions.append(extension)
+                if label is not None and extension == label_extension:
+                    sample.label = _label_at(file, member, label)
+                elif is_image and sample.image and extension == sample.image_extension:
+                    twin = _Sample(f"{datum_id}@{member.offset}")
+                    twin.error = "the key occurs before in its tar; a key is for one image"
+                    extra.append(twin)
+                elif is_image and sample.image is None:
+                    sample.image, sample.image_extension = (member.offset_data, member.size), extension
+                    sample.error = _fault_of(member, size)
+        except _DamagedError as error:
+            extra.append(_Sample(f"{name}/@{error.offset}", error=str(error)))
     return [*samples.values(), *(sample for sample in extra if sample.id not in samples)]
 
 
@@ -224,14 +247,6 @@ def _key_and_extension(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension.lower()
-
-
-def _escaped_key(key: str) -> str:
-    """A key as an id: as `escaped`, and without the parts that would lead a path elsewhere."""
-    parts = [r"\u002e\u002e" if part == ".." else escaped(part) for part in key.split("/")]
-    if key.startswith("/"):
-        parts[0] = r"\u002f"
-    return "/".join(parts)
 
 
 def _fault_of(member: tarfile.TarInfo, size: int) -> str | None:
@@ -258,7 +273,7 @@ class _DamagedError(Exception):
 class _Headers(io.RawIOBase):
     """A tar's file for `tarfile`, which reads as much as a header claims, and everything if that is negative."""
 
-    def __init__(self, file: io.BufferedReader) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self._file = file
 
     def read(self, size: int = -1) -> bytes:
@@ -273,30 +288,66 @@ class _Headers(io.RawIOBase):
         return self._file.tell()
 
 
-def _members(path: str, size: int) -> Iterator[tarfile.TarInfo]:
+def _refuse_compressed(file: BinaryIO, place: str) -> None:
+    start = file.read(8)
+    for magic, packer in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise CallerError(
+                f"dataset.path: {place!r} is compressed ({packer}), so its members cannot be read one by one; "
+                "decompress it, the images in it are compressed anyway"
+            )
+
+
+def _members(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
     """The members of a tar, by their headers.
 
     Raises:
         _DamagedError: where it goes on and the next header cannot be read.
     """
-    with open(path, "rb") as file:
-        offset = 0
-        try:
-            # The first header is read here; the tarfile is not closed, for it would only close `file`.
-            tar = tarfile.open(fileobj=_Headers(file), mode="r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
-                yield member
-                if tar.offset <= offset:  # type: ignore[attr-defined]
-                    raise ValueError("a header leads backwards")
-                offset = tar.offset  # type: ignore[attr-defined]
-                if offset > size:
-                    break
-        except _HEADER_ERRORS as error:
-            raise _DamagedError(offset, escaped(str(error)) or type(error).__name__) from error
-        file.seek(min(offset, size))
-        rest = file.read(tarfile.BLOCKSIZE)
-        if len(rest) < tarfile.BLOCKSIZE:
-            raise _DamagedError(offset, "it ends without the empty block that ends a tar")
-        if rest.strip(b"\0"):  # tarfile takes a header that it cannot read for the end
-            raise _DamagedError(offset, "no tar header")
+    offset = 0
+    file.seek(0)
+    try:
+        # The first header is read here; the tarfile is not closed, for it would only close `file`.
+        tar = tarfile.open(fileobj=_Headers(file), mode="r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
+        while (member := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+            yield member
+            if tar.offset <= offset:  # type: ignore[attr-defined]
+                raise ValueError("a header leads backwards")
+            offset = tar.offset  # type: ignore[attr-defined]
+            if offset > size:
+                break
+    except StoreError:
+        raise
+    except _HEADER_ERRORS as error:
+        raise _DamagedError(offset, escaped(str(error)) or type(error).__name__) from error
+    file.seek(min(offset, size))
+    rest = file.read(tarfile.BLOCKSIZE)
+    if len(rest) < tarfile.BLOCKSIZE:
+        raise _DamagedError(offset, "it ends without the empty block that ends a tar")
+    if rest.strip(b"\0"):  # tarfile takes a header that it cannot read for the end
+        raise _DamagedError(offset, "no tar header")
+
+
+def _label_at(file: BinaryIO, member: tarfile.TarInfo, label: str) -> Label:
+    """What a member says of its sample; None if it is damaged."""
+    if not member.isreg() or member.issparse() or member.size > _MAX_LABEL_BYTES:
+        return None
+    try:
+        file.seek(member.offset_data)
+        text = file.read(member.size).decode("utf-8").strip()
+        value = json.loads(text).get(label.removeprefix("json:")) if label != "cls" else text
+    except StoreError:
+        raise
+    except (OSError, ValueError, AttributeError, RecursionError):  # JSON may be no object, or nested without end
+        return None
+    return _as_label(value, parse=label == "cls")
+
+
+def _as_label(value: Any, parse: bool) -> Label:
+    """Integers that fit the table, or text without lone surrogates; anything else is no label."""
+    if parse and value.removeprefix("-").isdecimal() and len(value) < 20:
+        value = int(value)
+    if isinstance(value, int):
+        return int(value) if value in _INT64 else None
+    return escaped(value) if isinstance(value, str) and value else None

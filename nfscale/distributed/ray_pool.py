@@ -25,6 +25,7 @@ _LOCAL_ENVIRONMENT = {
 }
 _OBJECT_STORE_BYTES = 80 << 20  # the smallest Ray takes: neither data nor weights pass through it
 _START_ATTEMPTS = 3
+_ADDRESSES_BYTES = 4 << 30  # that a process of local Ray needs: at 2.5 GB it aborts in C++, at 4 GB it runs
 
 
 @dataclass
@@ -67,6 +68,11 @@ class RayPool:
             self._add()
 
     def _connect(self, on_cluster: bool, workers: int | Literal["auto"]) -> None:
+        if not on_cluster and (limit := _address_limit()) is not None and limit < _ADDRESSES_BYTES:
+            raise EncodeError(
+                f"Ray needs {_ADDRESSES_BYTES >> 30} GiB of addresses for each of its processes, and this one may have "
+                f"{limit / (1 << 30):.1f}; raise the limit (`ulimit -v`), or use workers=0"
+            )
         if on_cluster:
             self._ray.init(log_to_driver=False, configure_logging=False)
             return
@@ -185,6 +191,16 @@ class _FitWorker:
         """Progress, then the report of a lease."""
         self._run = self._run or OpenRun(RunFolder(self._folder))
         yield from work_on(self._run, lease)
+
+
+def _address_limit() -> int | None:
+    """Bytes of addresses that this process may have, where they are limited."""
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def _death(error: Any) -> str:

@@ -2,11 +2,21 @@
 
 from pathlib import Path
 
-from nfscale.files.base import Files
+from nfscale.files.base import Entry, Files, StoreError, StoreRefusedError
 from nfscale.files.local import LocalFiles
 from nfscale.files.objects import SCHEMES, ObjectFiles, is_uri
 
-__all__ = ["SCHEMES", "Files", "LocalFiles", "ObjectFiles", "is_uri", "open_files"]
+__all__ = [
+    "SCHEMES",
+    "Entry",
+    "Files",
+    "LocalFiles",
+    "ObjectFiles",
+    "StoreError",
+    "StoreRefusedError",
+    "is_uri",
+    "open_files",
+]
 
 
 def open_files(location: str | Path) -> Files:

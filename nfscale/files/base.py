@@ -7,14 +7,33 @@ name can be told that it was not the first. Both a local file system and an obje
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+from nfscale.errors import EncodeError
+
+
+class StoreError(EncodeError, OSError):
+    """The place itself fails, and no other file of it would fare better: an object store that does not answer."""
+
+
+class StoreRefusedError(StoreError):
+    """The place will not serve this caller: there is no such bucket, or the credentials are wrong or have expired."""
+
+
+class Entry(NamedTuple):
+    """What a listing tells of a file."""
+
+    size: int
+    """In bytes."""
+    version: str
+    """Another one when the content is another."""
 
 
 class Files(Protocol):
     """Files below a root, named by relative paths with slashes.
 
     What cannot be reached, read or written raises OSError with a message for the user; what is not there
-    FileNotFoundError.
+    FileNotFoundError, what may not be read PermissionError; where that is no fault of the file, StoreError.
     """
 
     root: str
@@ -30,6 +49,10 @@ class Files(Protocol):
 
     def size(self, name: str) -> int | None:
         """Size in bytes; None where there is no such file."""
+        ...
+
+    def entry(self, name: str) -> Entry | None:
+        """Size and version; None where there is no such file."""
         ...
 
     def names(self, folder: str = "") -> list[str]:
@@ -54,12 +77,16 @@ class Files(Protocol):
         """Small files, where the answer of each is slow to come several at a time."""
         ...
 
+    def range(self, name: str, start: int, length: int) -> bytes:
+        """Some bytes of a file; fewer where it ends before."""
+        ...
+
     def source(self, name: str) -> Path | BinaryIO:
         """A file as pyarrow opens it best."""
         ...
 
     def open(self, name: str) -> BinaryIO:
-        """A file for reading at any place; of an object no more is fetched than what is read."""
+        """A file for reading at any place; of an object little more is fetched than what is read."""
         ...
 
     def put_if_absent(self, name: str, content: bytes) -> bool:

@@ -14,6 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from nfscale.files.base import Entry
+
 _HEX = 32  # digits that make a writer's name its own
 
 
@@ -31,11 +33,15 @@ class LocalFiles:
         return os.path.abspath(self.path)
 
     def size(self, name: str) -> int | None:
+        found = self.entry(name)
+        return None if found is None else found.size
+
+    def entry(self, name: str) -> Entry | None:
         try:
             found = (self.path / name).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return found.st_size
+        return Entry(found.st_size, str(found.st_mtime_ns))
 
     def names(self, folder: str = "") -> list[str]:
         found = (path for path in (self.path / folder).rglob("*") if path.is_file() and not _is_unfinished(path))
@@ -56,6 +62,11 @@ class LocalFiles:
 
     def read_many(self, names: Sequence[str]) -> list[bytes]:
         return [self.read(name) for name in names]
+
+    def range(self, name: str, start: int, length: int) -> bytes:
+        with self.open(name) as file:
+            file.seek(start)
+            return file.read(length)
 
     def source(self, name: str) -> Path:
         return self.path / name

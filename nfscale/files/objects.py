@@ -8,6 +8,8 @@ Dangers, each guarded here:
 - A put that is repeated after its answer was lost finds its own object and is told that it was late: on that
   answer the object is read, and whose content it is decides.
 - A store that does not know conditional puts overwrites without a word: `refuse_shared_names` tries it.
+- A key with an empty segment, `.`, `..` or a control character cannot be addressed by object_store, which refuses
+  the whole listing that it is in: an error that names the key.
 """
 
 import contextlib
@@ -17,17 +19,35 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+from urllib.parse import quote
 
 from nfscale.errors import CallerError
+from nfscale.files.base import Entry, StoreError, StoreRefusedError
 
 SCHEMES = ("s3", "gs", "az", "abfs", "abfss")
 """Of the URIs that name an object store."""
 
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist")
-_READ_BYTES = 1 << 20  # of an object at a time: a request costs tens of milliseconds, a mebibyte about ten
+_BAD_CREDENTIALS = (
+    *("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "RequestTimeTooSkewed"),  # S3
+    "AuthenticationFailed",  # Azure
+)
+"""Of a refusal that concerns no single object."""
+_NO_CREDENTIALS = "http://169.254.169.254/"  # where a machine of the vendor asks for its own, when nothing else is set
+_NO_ADDRESS = "invalid path"
+_PAST_THE_END = "416 Range Not Satisfiable"
+_RETRY: Any = {  # half a minute: shorter outages are sat out, longer ones end the run, to be repeated
+    "backoff": {"init_backoff": timedelta(seconds=0.5), "max_backoff": timedelta(seconds=8), "base": 3},
+    "max_retries": 8,
+    "retry_timeout": timedelta(minutes=1),
+}
+_FIRST_BYTES = 8 << 10  # fetched at a jump: a header, and not what it describes
+_AHEAD_BYTES = 1 << 20  # at most, where reading goes on: a request costs tens of milliseconds, a mebibyte about ten
+_NEAR_BYTES = 32 << 10  # a gap that is sooner read than jumped over
 _READS_AT_ONCE = 32  # 100,000 commits in a minute where each answer takes 20 ms
 _SPOOL_BYTES = 64 << 20  # of a file that is being written: larger ones go over the disk
 
@@ -52,8 +72,13 @@ class ObjectFiles:
     def _store(self) -> Any:
         from obstore.store import from_url
 
-        with self._said(""):
-            return from_url(self.root, client_options=_client_options())
+        bucket, slash, prefix = self._rest.partition("/")
+        with self._said(""):  # the prefix is meant as it stands: from_url would take `#`, `?` and `%` for its own
+            return from_url(
+                f"{self._scheme}://{bucket}{slash}{quote(prefix)}",
+                client_options=_client_options(),
+                retry_config=_RETRY,
+            )
 
     @contextlib.contextmanager
     def _said(self, name: str) -> Iterator[None]:
@@ -63,13 +88,26 @@ class ObjectFiles:
         try:
             yield
         except (FileNotFoundError, exceptions.BaseError) as error:
-            if any(said in str(error) for said in _NO_BUCKET):
-                raise OSError(f"{self.root}: there is no such bucket") from error
+            text = str(error)
+            if any(said in text for said in _NO_BUCKET):
+                raise StoreRefusedError(f"{self.root}: there is no such bucket") from error
             if isinstance(error, FileNotFoundError):
                 raise FileNotFoundError(f"{self.place(name)} does not exist") from error
-            if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+            if _NO_CREDENTIALS in text:
+                raise StoreRefusedError(
+                    f"{self.root}: no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or what "
+                    "your store calls them (AWS_SKIP_SIGNATURE=true for a public bucket)"
+                ) from error
+            if isinstance(error, exceptions.UnauthenticatedError) or any(said in text for said in _BAD_CREDENTIALS):
+                raise StoreRefusedError(f"{self.root}: the credentials are refused ({_sentence(error)})") from error
+            if isinstance(error, exceptions.PermissionDeniedError):
                 raise PermissionError(f"{self.place(name)}: access is denied ({_sentence(error)})") from error
-            raise OSError(f"{self.place(name)}: {_sentence(error)}") from error
+            if _NO_ADDRESS in text or isinstance(error, exceptions.InvalidPathError):
+                raise StoreRefusedError(
+                    f"{self.place(name)}: a key that no reader can address; remove it, or rename it without empty, "
+                    f"`.` and `..` segments and control characters ({_sentence(error)})"
+                ) from error
+            raise StoreError(f"{self.place(name)}: {_sentence(error)}") from error
 
     def place(self, name: str = "") -> str:
         return f"{self.root}/{name}" if name else self.root
@@ -78,20 +116,34 @@ class ObjectFiles:
         return self.root
 
     def size(self, name: str) -> int | None:
+        found = self.entry(name)
+        return None if found is None else found.size
+
+    def entry(self, name: str) -> Entry | None:
         import obstore
 
         try:
             with self._said(name):
-                return obstore.head(self._store, name)["size"]
+                return _entry(obstore.head(self._store, name))
         except FileNotFoundError:
             return None
 
     def names(self, folder: str = "") -> list[str]:
+        return sorted(self.entries(folder))
+
+    def entries(self, folder: str = "") -> dict[str, Entry]:
+        """All objects below a folder by their names, as they are listed."""
         import obstore
 
         with self._said(folder):
             pages = obstore.list(self._store, folder or None)
-            return sorted(found["path"] for page in pages for found in page)
+            found = {one["path"]: _entry(one) for page in pages for one in page}
+        # `a/` is an empty object where a tool has created a folder; it is listed as `a`, and cannot be read.
+        if empty := [name for name, entry in found.items() if not entry.size]:
+            folders = {name[:end] for name in found for end, letter in enumerate(name) if letter == "/"}
+            for name in folders.intersection(empty):
+                del found[name]
+        return found
 
     def unfinished(self) -> list[str]:
         return []  # an object appears at the end of its put; parts of one that was cut off are no objects
@@ -120,14 +172,23 @@ class ObjectFiles:
         size = self.size(name)
         if size is None:
             raise FileNotFoundError(f"{self.place(name)} does not exist")
-        return cast("BinaryIO", io.BufferedReader(_Ranges(self, name, size), _READ_BYTES))
+        return cast("BinaryIO", _Ranges(self, name, size))
 
     def range(self, name: str, start: int, length: int) -> bytes:
-        """Some bytes of an object."""
         import obstore
+        from obstore.exceptions import GenericError
 
+        if start < 0:
+            raise ValueError(f"a place before the start of the file: {start}")
+        if length <= 0:
+            return b""
         with self._said(name):
-            return bytes(obstore.get_range(self._store, name, start=start, length=length))
+            try:
+                return bytes(obstore.get_range(self._store, name, start=start, length=length))
+            except GenericError as error:
+                if _PAST_THE_END in str(error):
+                    return b""
+                raise
 
     def put_if_absent(self, name: str, content: bytes) -> bool:
         return self._created(name, content) or self.read(name) == content
@@ -184,7 +245,7 @@ class ObjectFiles:
         from pyarrow.fs import FSSpecHandler, PyFileSystem
 
         # Not one from a cache: the environment may name another endpoint by now.
-        store = FsspecStore(cast("Any", self._scheme), client_options=_client_options(), skip_instance_cache=True)
+        store = FsspecStore(cast("Any", self._scheme), client_options=_client_options(), skip_instance_cache=True)  # type: ignore
         return PyFileSystem(FSSpecHandler(store)), f"{self._rest}/"
 
     def refuse_shared_names(self, name: str) -> None:
@@ -203,11 +264,17 @@ def _client_options() -> Any:
     return {"allow_http": True} if any(os.environ.get(n, "").startswith("http://") for n in _ENDPOINTS) else {}
 
 
-class _Ranges(io.RawIOBase):
-    """An object as a file that is read at any place."""
+class _Ranges(io.BufferedIOBase):
+    """An object as a file that is read at any place.
+
+    After a jump little is fetched beyond what is asked for, and more each time that reading goes on from there: an
+    index of headers costs no content, a file that is read from one end to the other few requests.
+    """
 
     def __init__(self, files: ObjectFiles, name: str, size: int) -> None:
         self._files, self._name, self._size, self._at = files, name, size, 0
+        self._held, self._start = b"", -_NEAR_BYTES - 1  # the bytes fetched last, and where they lie
+        self._ahead = 0
 
     def readable(self) -> bool:
         return True
@@ -225,14 +292,37 @@ class _Ranges(io.RawIOBase):
         self._at = start + offset
         return self._at
 
-    def readinto(self, buffer: Any) -> int:
-        length = min(len(buffer), self._size - self._at)
-        if length <= 0:
-            return 0
-        content = self._files.range(self._name, self._at, length)
-        buffer[: len(content)] = content
+    def read(self, size: int | None = -1) -> bytes:
+        stop = self._size if size is None or size < 0 else min(self._at + size, self._size)
+        if stop <= self._at:
+            return b""
+        content = self._of_held(self._at, stop)
+        if self._at + len(content) < stop:
+            content += self._fetched(self._at + len(content), stop)
         self._at += len(content)
-        return len(content)
+        return content
+
+    read1 = read
+
+    def _of_held(self, start: int, stop: int) -> bytes:
+        inside = 0 <= start - self._start < len(self._held)
+        return self._held[start - self._start : stop - self._start] if inside else b""
+
+    def _fetched(self, start: int, stop: int) -> bytes:
+        """Bytes from the store, and some more for the next time."""
+        goes_on = 0 <= start - (self._start + len(self._held)) <= _NEAR_BYTES
+        length = max(stop - start, min(2 * self._ahead, _AHEAD_BYTES) if goes_on else _FIRST_BYTES)
+        first = start if goes_on else max(0, min(start, self._size - length))  # what ends a file is read backwards
+        fetched = self._files.range(self._name, first, min(length, self._size - first))
+        self._ahead = min(length, _AHEAD_BYTES)
+        end = first + len(fetched)
+        keep = len(fetched) <= _AHEAD_BYTES
+        self._held, self._start = (fetched, first) if keep else (b"", end)
+        return fetched[start - first : stop - first]
+
+
+def _entry(found: Any) -> Entry:
+    return Entry(found["size"], found["e_tag"] or str(found["last_modified"]))
 
 
 def _sentence(error: BaseException) -> str:

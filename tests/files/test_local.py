@@ -49,3 +49,13 @@ def test_what_a_killed_writer_left_is_no_file(tmp_path):
     (tmp_path / left).write_bytes(b"half")
     assert files.names() == ["file"]
     assert files.unfinished() == [left]
+
+
+def test_some_bytes_and_the_version_of_a_file(tmp_path):
+    files = LocalFiles(tmp_path)
+    files.replace("a", b"0123456789")
+    assert files.range("a", 3, 4) == b"3456"
+    assert files.range("a", 8, 100) == b"89"
+    assert files.range("a", 20, 1) == b""
+    assert files.entry("a").size == files.size("a") == 10
+    assert files.entry("b") is files.size("b") is None

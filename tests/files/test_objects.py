@@ -1,6 +1,9 @@
 """Objects of a real S3 server: conditional puts, ranges, errors that a user understands."""
 
 import hashlib
+import http.client
+import os
+import pickle
 import subprocess
 import sys
 import uuid
@@ -10,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nfscale.errors import CallerError
-from nfscale.files import ObjectFiles, is_uri, open_files
+from nfscale.files import ObjectFiles, StoreError, StoreRefusedError, is_uri, open_files
 from tests.object_store import BUCKET, s3_environment
 
 
@@ -94,6 +97,107 @@ def test_an_object_is_read_at_any_place(files):
     with files.local_copy("big") as path:
         assert path.name == "big"
         assert path.read_bytes() == content
+
+
+def test_some_bytes_of_an_object(files):
+    files.replace("a", b"0123456789")
+    assert files.range("a", 3, 4) == b"3456"
+    assert files.range("a", 8, 100) == b"89"
+    assert files.range("a", 10, 1) == files.range("a", 1 << 40, 5) == files.range("a", 2, 0) == b""
+    with pytest.raises(FileNotFoundError):
+        files.range("b", 0, 1)
+
+
+def test_an_entry_is_another_when_the_content_is(files):
+    assert files.entry("a") is None
+    files.replace("a", b"1")
+    before = files.entry("a")
+    assert before.size == 1
+    assert files.entries() == {"a": before}
+    files.replace("a", b"2")
+    assert files.entry("a").size == 1
+    assert files.entry("a") != before
+
+
+@pytest.fixture
+def fetched(files, monkeypatch):
+    """An open object of 8 MiB, and the (start, length) of what is fetched of it."""
+    content = os.urandom(8 << 20)
+    files.replace("big", content)
+    ranges, real = [], ObjectFiles.range
+    monkeypatch.setattr(ObjectFiles, "range", lambda self, *place: ranges.append(place[1:]) or real(self, *place))
+    with files.open("big") as file:
+        yield file, content, ranges
+
+
+def test_jumps_fetch_little(fetched):
+    file, content, ranges = fetched
+    for place in (0, 5_000_000, 2_000_000, 7_000_000):
+        file.seek(place)
+        assert file.read(100) == content[place : place + 100]
+        assert file.read(1000) == content[place + 100 : place + 1100]
+    assert len(ranges) == 4
+    assert sum(length for _, length in ranges) <= 4 * 8192
+    file.seek(-10, 2)
+    assert file.read() == content[-10:]
+    file.seek(-2000, 2)
+    assert file.read(1000) == content[-2000:-1000]
+    assert len(ranges) == 5, "an end is read backwards"
+    file.seek(0)
+    assert file.read(3_000_000) == content[:3_000_000]
+    assert ranges[5:] == [(0, 3_000_000)]
+
+
+def test_reading_on_fetches_ahead(fetched):
+    file, content, ranges = fetched
+    assert b"".join(iter(lambda: file.read(700), b"")) == content
+    assert len(ranges) <= 16
+    assert sum(length for _, length in ranges) == len(content)
+    del ranges[:]
+    for place in range(1_000_000, 3_000_000, 10_000):  # headers with little between them
+        file.seek(place)
+        assert file.read(512) == content[place : place + 512]
+    assert len(ranges) <= 12
+
+
+def test_a_prefix_is_meant_as_it_stands(s3):
+    for prefix in ("per%20cent", "ha#sh", "que?ry", "sp ace", "ünï"):
+        files = open_files(f"s3://{BUCKET}/prefixes/{prefix}")
+        files.replace("a#b?c%20d", b"1")
+        assert files.names() == ["a#b?c%20d"]
+    assert len(open_files(f"s3://{BUCKET}/prefixes").names()) == 5
+    assert f"{prefix}/a#b?c%20d" in open_files(f"s3://{BUCKET}/prefixes").names()
+
+
+def put_as_it_is(s3, key):
+    """An object whose key no library of this kind would write."""
+    connection = http.client.HTTPConnection(s3["AWS_ENDPOINT_URL"].removeprefix("http://"), timeout=30)
+    connection.request("PUT", f"/{BUCKET}/{key}", b"")
+    assert connection.getresponse().status == 200
+    connection.close()
+
+
+@pytest.mark.parametrize("key", ["a//b", "a/../b", "a/./b", "tab%09"])
+def test_a_key_that_cannot_be_addressed_is_named(files, s3, key):
+    files.replace("good", b"")
+    put_as_it_is(s3, f"{files.root.removeprefix(f's3://{BUCKET}/')}/{key}")
+    with pytest.raises(StoreRefusedError, match=rf"a key that no reader can address.*{key.replace('%09', '')}"):
+        files.names()
+
+
+def test_markers_of_folders_are_no_files(files, s3):
+    files.replace("folder/file", b"1")
+    put_as_it_is(s3, f"{files.root.removeprefix(f's3://{BUCKET}/')}/folder/")
+    assert files.names() == ["folder/file"]
+
+
+def test_errors_of_a_store_cross_processes(s3):
+    with pytest.raises(StoreRefusedError) as caught:
+        open_files("s3://no-such-bucket/x").names()
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert isinstance(copy, StoreError)
+    assert isinstance(copy, OSError)
+    assert str(copy) == str(caught.value)
 
 
 def test_parquet_is_read_by_columns_and_by_a_filesystem(files):
