@@ -109,12 +109,12 @@ def _settled_signal(job: EncodeJob, dataset: Dataset) -> tuple[Signal, Samples]:
     reason = ""
     probed = min(_PROBED_DATA, len(dataset.ids))
     for datum in read_range(dataset, 0, probed):
-        if datum.array is None:
+        if datum.content is None:
             reason = f"{datum.id}: {datum.error}"
             continue
         try:
-            job.build_signal([datum.array]).samples(datum.array)
-            contents.append(datum.array)
+            job.build_signal([datum.content]).samples(datum.content)
+            contents.append(datum.content)
         except ValueError as error:
             reason = f"{datum.id}: {error}"
         if len(contents) == _DECIDING_DATA:
@@ -256,14 +256,18 @@ def _calibration_samples(run: OpenRun) -> list[tuple[str, Samples]]:
 
 def _prepared(signal: Signal, datum: Datum) -> Samples | str:
     """A datum's samples, or the reason why it has none."""
-    if datum.array is None:
+    if datum.content is None:
         return datum.error or "unreadable"
     try:
-        return signal.samples(datum.array)
+        return signal.samples(datum.content)
     except ValueError as error:
         return str(error)
     except MemoryError:
-        return f"an array of shape {list(datum.array.shape)} does not fit into the worker's memory"
+        return f"{_described(datum.content)} does not fit into the worker's memory"
+
+
+def _described(content: Any) -> str:
+    return f"an array of shape {list(content.shape)}" if isinstance(content, np.ndarray) else "the datum"
 
 
 # --- a shard
@@ -341,10 +345,10 @@ def _fitted(run: OpenRun, shard: Shard, attempt: str, rows: dict[str, Row], know
             if isinstance(prepared, str):
                 row.reason = prepared
             else:
-                row.metrics = run.signal.measures(datum.array)
+                row.metrics = run.signal.measures(datum.content)
                 if datum.repeat:
                     row.metrics["repeat"] = float(datum.repeat)
-                in_work[datum.id] = datum.array, prepared
+                in_work[datum.id] = datum.content, prepared
                 yield datum.id, prepared
 
     job = run.job

@@ -37,7 +37,7 @@ from nfscale.store.schema import StoreDtype
 FORMAT_VERSION = 1
 """Of the run folder and the table; a reader refuses a newer one."""
 
-_RUNTIME = {"dimensions", "channels", "schedule", "learning_rate"}
+_RUNTIME = {"dimensions", "channels", "schedule", "learning_rate", "modality"}
 """Fields of a kind's class that the job derives instead of taking them as they are."""
 
 
@@ -53,9 +53,9 @@ class DatasetSection(_Section):
     repeats: PositiveInt = 1
     """Fields of each datum (after `limit`), each from a seed of its own: ids ID, ID#1, ID#2, ..."""
 
-    def opener(self) -> Opener:
-        """The opener this section describes."""
-        return _build(DATASETS[self.kind], self)  # type: ignore[attr-defined]
+    def opener(self, modality: str) -> Opener:
+        """The opener this section describes, for data of a signal's kind."""
+        return _build(DATASETS[self.kind], self, modality=modality)  # type: ignore[attr-defined]
 
 
 class SignalSection(_Section):
@@ -204,7 +204,7 @@ class EncodeJob(_Section):
 
     def open_dataset(self) -> Dataset:
         """The dataset with its limit and its repeats applied."""
-        dataset = open_limited(self.dataset.opener(), self.dataset.limit, self.seed)
+        dataset = open_limited(self.dataset.opener(self.signal.kind), self.dataset.limit, self.seed)
         return dataset if self.dataset.repeats == 1 else Repeated(dataset, self.dataset.repeats)
 
     def build_signal(self, contents: Sequence[Any]) -> Any:

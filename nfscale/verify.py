@@ -95,10 +95,10 @@ def _measure(run: OpenRun, commit: Commit, found: Verification) -> None:
                 found.mismatches.append(f"{commit.shard}: datum {row['datum_id']!r} is ok and has no finite weights")
             continue
         datum = run.dataset.read(commit.start + place[row["datum_id"]])
-        if datum.array is None:
+        if datum.content is None:
             found.mismatches.append(f"datum {datum.id!r} cannot be read any more: {datum.error}")
             continue
-        samples = run.signal.samples(datum.array)
+        samples = run.signal.samples(datum.content)
         samples = replace(samples, heldout=None)
         by_kind.setdefault(samples.kind, []).append((datum.id, vector, row["quality"], samples))
     for group in by_kind.values():

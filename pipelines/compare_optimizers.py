@@ -40,7 +40,7 @@ def compare(tiles: int, steps: int) -> None:
     photos = DATASETS["photos"]().open()
     signal, field = nfscale.Image(channels=3), nfscale.MLP(dimensions=2, channels=3)
     drawn = seeded_sample(photos.ids, tiles + CALIBRATION, seed=0, purpose="compare")
-    data = [(photos.ids[position], signal.samples(photos.read(position).array)) for position in drawn]
+    data = [(photos.ids[position], signal.samples(photos.read(position).content)) for position in drawn]
     stop = nfscale.Stop(steps, check_every=20, max_restarts=0)
     print(f"{tiles} tiles of 64 x 64, {steps} steps of {SAMPLES_PER_STEP} samples, torch {torch.__version__}")
     print(f"{'method':38s} {'median':>7s} {'p05':>7s} {'worst':>7s} {'diverged':>9s} {'ms per field step':>18s}")

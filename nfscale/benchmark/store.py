@@ -68,7 +68,8 @@ def _weights(run_folder: str | None, count: int) -> tuple[np.ndarray, np.ndarray
         weights = table.weights()[:count]
         weights = np.ascontiguousarray(weights[np.isfinite(weights).all(axis=1)])
         return weights, np.zeros(weights.shape[1], np.float32) if table.theta0 is None else table.theta0
-    theta0 = theta0_of(MLP(2, 3, width=64, depth=4), seed=0).numpy()
+    field: Any = MLP(2, 3, width=64, depth=4)
+    theta0 = theta0_of(field, seed=0).numpy()
     moved = np.random.default_rng(0).normal(0, 0.01, (count, len(theta0))).astype(np.float32)
     return theta0 + moved, theta0
 

@@ -16,7 +16,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -30,9 +30,10 @@ from pyarrow import types
 
 from nfscale.datasets.arrow_ipc import Batches, batches_of_file, batches_of_stream
 from nfscale.datasets.base import ComputedIds, Dataset, Datum, refuse_duplicates, require, row_id
-from nfscale.datasets.folder import read_image, reason_of
 from nfscale.errors import CallerError
 from nfscale.files import Files, StoreError
+from nfscale.hostile import reason_of
+from nfscale.media import MEDIA, Medium, nothing_beside
 
 _CHUNK_BYTES = 64 << 20
 """What a worker holds of a row group. Larger: fewer passes over a huge row group when reads are in no order;
@@ -43,8 +44,8 @@ _IDS_AT_ONCE = 4096
 
 _ARROW_ERRORS = (pa.ArrowException, OSError, ValueError, EOFError)
 
-Decoder = Callable[[pa.Array], np.ndarray]
-"""A cell, as an array of one valid row, -> its ndarray. Raises ValueError with the reason."""
+Decoder = Callable[[pa.Array], Any]
+"""A cell, as an array of one valid row, -> the content of its datum. Raises ValueError with the reason."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class ArrowColumns:
     label: str | None = None
     split: str | None = None
     shape: list[int] | None = None
+    modality: str = "image"
+    """The kind of the signal, whose medium reads cells that hold the bytes of a file."""
 
     @property
     def narrow(self) -> list[str]:
@@ -85,7 +88,7 @@ def open_columns(files: Files, named: Sequence[tuple[str, str | None]], columns:
             if isinstance(opened, _IpcFile) and opened.batches is not None:
                 batches[len(parts)] = opened.batches
             _require_columns(name, opened.schema, columns)
-            decode = _decoder(opened.schema.field(columns.data), columns.shape)
+            decode = _decoder(opened.schema.field(columns.data), columns)
             part = _Part(name, split, opened.rows, decode)
             if columns.narrow:
                 narrow.append(opened.narrow(columns.narrow))
@@ -464,24 +467,25 @@ def _is_list(kind: pa.DataType) -> bool:
     return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
 
-def _decoder(field: pa.Field, shape: list[int] | None) -> Decoder:
+def _decoder(field: pa.Field, columns: ArrowColumns) -> Decoder:
     """How cells of a type become arrays.
 
     Raises:
         CallerError: if they cannot.
     """
-    kind = field.type
+    kind, shape = field.type, columns.shape
     if isinstance(kind, pa.FixedShapeTensorType):
         return lambda cell: _reshaped(cell.to_numpy_ndarray()[0], shape)
     if isinstance(kind, pa.BaseExtensionType):  # such as the arrays of Hugging Face, where its library is imported
-        inner = _decoder(field.with_type(kind.storage_type), shape)
+        inner = _decoder(field.with_type(kind.storage_type), columns)
         return lambda cell: inner(cell.storage)
     is_struct = types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _is_binary(kind.field("bytes").type)
     if _is_binary(kind) or is_struct:
         require(
-            shape is None, f"dataset.shape is for columns of arrays, and the column {field.name!r} holds encoded images"
+            shape is None, f"dataset.shape is for columns of arrays, and the column {field.name!r} holds encoded files"
         )
-        return _image_in_struct if is_struct else _image
+        medium = MEDIA[columns.modality]
+        return partial(_file_in_struct if is_struct else _file, medium)
     leaf = kind
     while _is_list(leaf):
         leaf = leaf.value_type
@@ -493,15 +497,16 @@ def _decoder(field: pa.Field, shape: list[int] | None) -> Decoder:
     )
 
 
-def _image(cell: pa.Array) -> np.ndarray:
-    return read_image(io.BytesIO(cell[0].as_buffer()))
+def _file(medium: Medium, cell: pa.Array, name: str = "") -> Any:
+    return medium.read(io.BytesIO(cell[0].as_buffer()), name, nothing_beside)
 
 
-def _image_in_struct(cell: pa.Array) -> np.ndarray:
+def _file_in_struct(medium: Medium, cell: pa.Array) -> Any:
     content = cell.field("bytes")
     if content.null_count:
-        raise ValueError("the cell names a file and holds no bytes; write the dataset with its images embedded")
-    return _image(content)
+        raise ValueError("the cell names a file and holds no bytes; write the dataset with its files embedded")
+    named = cell.type.get_field_index("path") >= 0 and cell.field("path")[0].as_py()
+    return _file(medium, content, named if isinstance(named, str) else "")
 
 
 def _nested(cell: pa.Array) -> np.ndarray:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Protocol, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 
@@ -29,7 +29,8 @@ class Datum:
     id: str
     index: int
     """Position in the dataset; of a repeat, position times repeats plus repeat."""
-    array: np.ndarray | None
+    content: Any | None
+    """What the signal takes samples of: an array, a sound, a mesh; None where it could not be read."""
     label: Label = None
     split: str | None = None
     error: str | None = None
@@ -167,7 +168,7 @@ class Repeated(Dataset):
         return Datum(
             _repeat_id(datum.id, repeat),
             datum.index * self.count + repeat,
-            datum.array,
+            datum.content,
             datum.label,
             datum.split,
             datum.error,

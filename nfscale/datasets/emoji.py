@@ -14,7 +14,8 @@ import numpy as np
 
 from nfscale.datasets.base import Dataset, Datum
 from nfscale.datasets.cache import Package, fetch_debian
-from nfscale.datasets.folder import read_image, reason_of
+from nfscale.hostile import reason_of
+from nfscale.media.image import read_image
 
 _FONT = "NotoColorEmoji.ttf"
 _PACKAGE = Package(

@@ -23,11 +23,13 @@ class HuggingFace:
     """A ClassLabel stays the integer that it is stored as."""
     shape: list[int] | None = None
     """Of an array that the column holds flat."""
+    modality: str = "image"
+    """The kind of the signal, whose medium reads cells that hold files."""
 
     def open(self) -> Dataset:
         from nfscale.datasets.arrow import ArrowColumns, open_columns  # pyarrow is needed by those who read tables
 
-        columns = ArrowColumns(self.column, label=self.label_column, shape=self.shape)
+        columns = ArrowColumns(self.column, label=self.label_column, shape=self.shape, modality=self.modality)
         files, _ = located(self.path, "folder")
         with opening("dataset.path"):
             named = _data_files(files)

@@ -21,10 +21,10 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 
 from nfscale.datasets.base import ComputedIds, Dataset, Datum, Label, refuse_duplicates, require, row_id
-from nfscale.datasets.folder import reason_of
 from nfscale.datasets.places import located, opening
 from nfscale.errors import CallerError
 from nfscale.files import Files, StoreError
+from nfscale.hostile import reason_of
 
 _USUAL = ("images", "data", "array", "arrays", "x", "X", "arr_0")
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, ..., lengths of its name and its extra field

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from nfscale.datasets.base import Dataset, Datum, require
-from nfscale.datasets.folder import read_image
+from nfscale.media.image import read_image
 
 _FILES = {
     "astronaut": ("skimage", "data/astronaut.png"),

@@ -28,11 +28,15 @@ class Table:
     split_column: str | None = None
     shape: list[int] | None = None
     """Of an array that the column holds flat."""
+    modality: str = "image"
+    """The kind of the signal, whose medium reads cells that hold files."""
 
     def open(self) -> Dataset:
         from nfscale.datasets.arrow import ArrowColumns, open_columns  # pyarrow is needed by those who read tables
 
-        columns = ArrowColumns(self.column, self.id_column, self.label_column, self.split_column, self.shape)
+        columns = ArrowColumns(
+            self.column, self.id_column, self.label_column, self.split_column, self.shape, self.modality
+        )
         files, name = located(self.path)
         with opening("dataset.path"):
             names = [name] if name is not None else [one for one in files.names() if _is_table(one)]

@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nfscale.datasets.base import Dataset, Datum, Label, require
-from nfscale.datasets.folder import IMAGE_SUFFIXES, escaped, escaped_path, read_image, reason_of
 from nfscale.datasets.places import MAX_ENCODED_BYTES, located, matches, opening
 from nfscale.errors import CallerError
 from nfscale.files import Entry, Files, LocalFiles, ObjectFiles, StoreError, is_uri
+from nfscale.hostile import escaped, escaped_path, reason_of
+from nfscale.media import MEDIA, Medium, nothing_beside
 
 _TARS_AT_ONCE = 16  # in an object store, where a tar is indexed by one small request after the other
 _MAX_HEADER_BYTES = 8 << 20  # of one extended header; real ones hold a path
@@ -43,17 +44,21 @@ class WebDataset:
 
     path: str
     key: str | None = None
-    """The extension of the image's member, such as png or seg.png; by default the first that is an image's."""
+    """The extension of the datum's member, such as png or seg.png; by default the first that the signal's medium
+    reads."""
     label: str | None = None
     """`cls`: the member of that extension. `json:FIELD`: a field of the json member. Integers or text, as the first
     label is; a label that is missing, damaged or of the other kind is null."""
+    modality: str = "image"
+    """The kind of the signal, whose medium reads the members."""
 
     def open(self) -> "WebDatasetDataset":
         require(self.key is None or bool(self.key.strip(".")), "dataset.key is an extension such as png, or null")
         known = self.label in (None, "cls") or (self.label.startswith("json:") and self.label != "json:")
         require(known, f"dataset.label is cls, json:FIELD or null, got {self.label!r}")
         with opening("dataset.path"):
-            dataset = WebDatasetDataset(_tars(self.path), self.key and self.key.strip(".").lower(), self.label)
+            key = self.key and self.key.strip(".").lower()
+            dataset = WebDatasetDataset(_tars(self.path), key, self.label, MEDIA[self.modality])
             require(bool(dataset.ids), f"dataset.path: no samples in the tars of {self.path!r}")
         return dataset
 
@@ -133,15 +138,15 @@ def _is_globbed(parts: list[str], pattern: list[str]) -> bool:
 
 
 class WebDatasetDataset(Dataset):
-    def __init__(self, tars: list[_Tar], key: str | None, label: str | None) -> None:
-        self.tars, self.key, self.label = tars, key, label
+    def __init__(self, tars: list[_Tar], key: str | None, label: str | None, medium: Medium) -> None:
+        self.tars, self.key, self.label, self._medium = tars, key, label, medium
 
     @cached_property
     def _samples(self) -> list["tuple[_Tar, _Sample]"]:
         """(tar, sample) in the order of the tars and, within them, of first members."""
         at_once = 1 if isinstance(self.tars[0].files, LocalFiles) else _TARS_AT_ONCE
         with ThreadPoolExecutor(at_once) as pool:
-            indices = pool.map(lambda tar: _index(tar, self.key, self.label), self.tars)
+            indices = pool.map(lambda tar: _index(tar, self.key, self.label, self._medium.suffixes), self.tars)
             return [(tar, sample) for tar, index in zip(self.tars, indices, strict=True) for sample in index]
 
     @cached_property
@@ -157,7 +162,8 @@ class WebDatasetDataset(Dataset):
         tar, sample = self._samples[position]
         label = sample.label if type(sample.label) is self._label_kind else None
         try:
-            return Datum(sample.id, position, read_image(io.BytesIO(_content(tar, sample))), label)
+            stream, name = io.BytesIO(_content(tar, sample)), f"{sample.id}.{sample.image_extension}"
+            return Datum(sample.id, position, self._medium.read(stream, name, nothing_beside), label)
         except StoreError:
             raise
         except (OSError, ValueError) as error:
@@ -199,11 +205,11 @@ class _Sample:
 
 
 @lru_cache(maxsize=4096)  # tars; a run opens its dataset several times, for the plan, the work, the review
-def _index(tar: _Tar, key: str | None, label: str | None) -> list[_Sample]:
+def _index(tar: _Tar, key: str | None, label: str | None, suffixes: frozenset[str]) -> list[_Sample]:
     """The samples of a tar, and one with an error where it is damaged.
 
     Args:
-        key: extension of the member with the image.
+        key: extension of the datum's member; without one, the first of one of the `suffixes`.
         label: as the job names it.
 
     Raises:
@@ -221,7 +227,7 @@ def _index(tar: _Tar, key: str | None, label: str | None) -> list[_Sample]:
                 sample_key, extension = _key_and_extension(member.name)
                 if member.isdir() or not extension or sample_key.rpartition("/")[2].startswith("__"):
                     continue
-                is_image = extension == key if key else f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES
+                is_image = extension == key if key else f".{extension.rpartition('.')[2]}" in suffixes
                 datum_id = f"{name}/{escaped_path(sample_key)}"
                 sample = samples.setdefault(datum_id, _Sample(datum_id))
                 if len(sample.extensions) < 4 and not sample.image:

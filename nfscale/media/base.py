@@ -20,6 +20,15 @@ class Panel:
     caption: str = ""
 
 
+def nothing_beside(relative: str) -> BinaryIO:
+    """`Beside` where data are no files in a folder: cells of a table, members of a tar.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError("it names another file, and there are none beside it; put such data into a folder")
+
+
 class Medium(Protocol):
     """The contract of every entry of `MEDIA`. Contents are what the signal of the same kind takes samples of."""
 

@@ -140,13 +140,13 @@ class _Shown:
         by_shape: dict[tuple[int, ...], list[tuple[Datum, float]]] = {}
         for row, position in zip(rows, self.table.dataset_positions(ids), strict=True):
             datum = self.run.dataset.read(position)
-            if datum.array is not None:
+            if datum.content is not None:
                 by_shape.setdefault(self.run.signal.shape_of(dict(row["metrics"])), []).append((datum, row["quality"]))
         found = {}
         for shape, data in by_shape.items():
             rebuilt = self.table.decode([datum.id for datum, _ in data], shape)
             for (datum, quality), content in zip(data, rebuilt, strict=True):
-                found[datum.id] = _Rebuilt(datum.id, quality, self.run.signal.original(datum.array), content)
+                found[datum.id] = _Rebuilt(datum.id, quality, self.run.signal.original(datum.content), content)
         return [found[datum_id] for datum_id in ids if datum_id in found]
 
     def mosaic(self, ids: list[str]) -> dict[str, Any] | None:

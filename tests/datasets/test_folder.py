@@ -46,10 +46,10 @@ def test_labels_come_from_parents_where_asked(images):
 
 def test_images_are_read_in_the_range_they_were_stored_in(images):
     dataset = Folder(str(images)).open()
-    assert [dataset.read(i).array.shape for i in range(3)] == [(4, 6), (4, 6, 3), (5, 5, 4)]
+    assert [dataset.read(i).content.shape for i in range(3)] == [(4, 6), (4, 6, 3), (5, 5, 4)]
     deep = np.arange(24, dtype=np.uint16).reshape(4, 6) * 2000
     Image.fromarray(deep).save(images / "cats" / "deep.png")
-    read = Folder(str(images), pattern="**/deep.png").open().read(0).array
+    read = Folder(str(images), pattern="**/deep.png").open().read(0).content
     assert read.dtype == np.uint16
     assert (read == deep).all()
 
@@ -58,13 +58,13 @@ def test_what_cannot_be_read_has_a_reason_and_no_path_of_the_machine(images):
     dataset = Folder(str(images)).open()
     for position in (3, 4, 5):
         datum = dataset.read(position)
-        assert datum.array is None
+        assert datum.content is None
         assert datum.error
         assert str(images) not in datum.error
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(images, monkeypatch):
-    monkeypatch.setattr("nfscale.datasets.folder.MAX_PIXELS", 10)
+    monkeypatch.setattr("nfscale.media.image.MAX_PIXELS", 10)
     assert "too large: 6 x 4 pixels" in Folder(str(images)).open().read(0).error
 
 
@@ -80,7 +80,7 @@ def test_the_shipped_sets_are_whole(kind, count, shape):
     assert len(set(dataset.ids)) == len(dataset.ids) == count
     for position in (0, count // 2, count - 1):
         datum = dataset.read(position)
-        assert datum.array.shape == shape
+        assert datum.content.shape == shape
         assert datum.id == dataset.ids[position]
         assert datum.index == dataset.index_of(position) == position
         assert datum.label is not None

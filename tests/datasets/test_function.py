@@ -74,7 +74,7 @@ def test_a_function_that_returns_a_list_of_arrays(module):
     dataset = Function(f"{module}:waves", {"count": 3}).open()
     assert list(dataset.ids) == ["row-0000000", "row-0000001", "row-0000002"]
     datum = dataset.read(2)
-    assert datum.array.shape == (6, 6)
+    assert datum.content.shape == (6, 6)
     assert (datum.id, datum.index, datum.label, datum.split, datum.error) == (dataset.ids[2], 2, None, None, None)
 
 

@@ -48,7 +48,7 @@ def test_a_dictionary_of_splits(saved, column):
     for position in (*range(7), 6, 2):
         datum = dataset.read(position)
         assert datum.error is None
-        assert (datum.array == IMAGES[position]).all()
+        assert (datum.content == IMAGES[position]).all()
         assert datum.label == position % 2
         assert type(datum.label) is int
         assert datum.split == ("train" if position < 5 else "test")
@@ -60,7 +60,7 @@ def test_a_single_dataset_and_text_labels(tmp_path):
     assert dataset.ids[6] == "row-0000006"
     datum = dataset.read(6)
     assert (datum.label, datum.split) == ("t6", None)
-    assert np.allclose(datum.array, IMAGES[6] / 255)
+    assert np.allclose(datum.content, IMAGES[6] / 255)
     named = datasets.Dataset.from_dict({"x": [[1.0]]}, split="train")
     named.save_to_disk(str(tmp_path / "named"))
     assert HuggingFace(str(tmp_path / "named"), "x").open().read(0).split == "train"
@@ -69,7 +69,7 @@ def test_a_single_dataset_and_text_labels(tmp_path):
 def test_a_selection_is_read_as_it_was_saved(tmp_path):
     made(IMAGES).select([4, 1]).save_to_disk(str(tmp_path / "two"))
     dataset = HuggingFace(str(tmp_path / "two"), "image").open()
-    assert [(dataset.read(p).array == IMAGES[q]).all() for p, q in ((0, 4), (1, 1))] == [True, True]
+    assert [(dataset.read(p).content == IMAGES[q]).all() for p, q in ((0, 4), (1, 1))] == [True, True]
 
 
 def test_what_does_not_fit_is_the_callers_mistake(saved, tmp_path):

@@ -16,8 +16,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from nfscale.datasets.folder import Folder, escaped, read_image
+from nfscale.datasets.folder import Folder
 from nfscale.errors import CallerError
+from nfscale.hostile import escaped
+from nfscale.media.image import read_image
 from nfscale.store import open_weights
 from tests.jobs import encode_in_process, tiny_job, tiny_settings
 
@@ -250,7 +252,7 @@ def test_reasons_say_what_is_wrong(good, name, reason):
     add_bad(good)
     dataset = Folder(str(good)).open()
     datum = dataset.read(list(dataset.ids).index(name))
-    assert datum.array is None
+    assert datum.content is None
     assert re.search(reason, datum.error)
 
 
@@ -307,7 +309,7 @@ def test_ids_are_printable_utf8_and_unique(tmp_path):
         r"a\\u000ab.png",
     }
     assert all(datum_id.encode("utf-8").decode().isprintable() for datum_id in dataset.ids)
-    assert all(dataset.read(position).array is not None for position in range(len(names)))
+    assert all(dataset.read(position).content is not None for position in range(len(names)))
 
 
 def test_labels_of_strange_folders_are_printable(tmp_path):
@@ -332,7 +334,7 @@ def test_a_file_without_permission_is_a_row(tmp_path):
 def test_a_file_that_vanishes_after_the_listing_is_a_row(tmp_path):
     write(tmp_path, {"x.png": picture(RGB)})
     dataset = Folder(str(tmp_path)).open()
-    assert dataset.read(0).array is not None
+    assert dataset.read(0).content is not None
     (tmp_path / "x.png").unlink()
     assert "the file is gone" in dataset.read(0).error
 

@@ -44,8 +44,8 @@ def test_a_npy_is_mapped_and_rows_are_named_by_position(tmp_path):
         dataset.ids[6]
     datum = dataset.read(3)
     assert isinstance(datum, Datum)
-    assert (datum.array == IMAGES[3]).all()
-    assert datum.array.flags.writeable
+    assert (datum.content == IMAGES[3]).all()
+    assert datum.content.flags.writeable
     assert (datum.id, datum.index, datum.label, datum.split, datum.error) == ("row-0000003", 3, None, None, None)
 
 
@@ -62,7 +62,7 @@ def test_members_of_a_npz(saved, write, mapped):
     assert is_mapped(dataset._data) is mapped
     for position in range(6):
         datum = dataset.read(position)
-        assert (datum.array == IMAGES[position]).all()
+        assert (datum.content == IMAGES[position]).all()
         assert datum.label == position
         assert type(datum.label) is int
         assert datum.id == dataset.ids[position] == f"n{position}"
@@ -71,8 +71,8 @@ def test_members_of_a_npz(saved, write, mapped):
 
 def test_other_byte_orders_become_the_machines(saved):
     datum = Npz(saved(images=IMAGES.astype(">u2"))).open().read(0)
-    assert datum.array.dtype == np.uint16
-    assert (datum.array == IMAGES[0]).all()
+    assert datum.content.dtype == np.uint16
+    assert (datum.content == IMAGES[0]).all()
 
 
 def test_the_array_is_the_only_one_or_of_a_usual_name_or_named(saved):

@@ -207,10 +207,10 @@ def test_data_are_the_same_as_on_a_disk(local, s3, name):
         expected, found = here.read(position), there.read(position)
         facts = [(d.id, d.index, d.label, d.split, d.error) for d in (expected, found)]
         assert facts[0] == facts[1]
-        assert np.array_equal(found.array, expected.array)
-        if found.array is not None:
-            assert found.array.dtype == expected.array.dtype
-            assert found.array.flags.writeable == expected.array.flags.writeable
+        assert np.array_equal(found.content, expected.content)
+        if found.content is not None:
+            assert found.content.dtype == expected.content.dtype
+            assert found.content.flags.writeable == expected.content.flags.writeable
 
 
 def test_an_encode_from_a_store_is_equal_bit_for_bit(local, s3, tmp_path):
@@ -263,13 +263,13 @@ def test_a_datum_costs_little_of_a_large_file(
     assert traffic.requests <= opening_requests
     assert traffic.bytes <= opening_bytes
     traffic.requests = traffic.bytes = 0
-    array = dataset.read(57).array
+    array = dataset.read(57).content
     assert np.array_equal(array.reshape(BIG[57].shape), BIG[57])
     assert traffic.requests <= one_requests
     assert traffic.bytes <= one_bytes
     traffic.requests = traffic.bytes = 0
     for position in range(40, 60):
-        array = dataset.read(position).array
+        array = dataset.read(position).content
         assert np.array_equal(array.reshape(BIG[position].shape), BIG[position])
     assert traffic.requests <= 20
     assert traffic.bytes <= 25 * BIG[0].size
@@ -279,7 +279,7 @@ def test_small_rows_in_order_are_read_ahead(s3, traffic):
     s3.replace("small.npy", npy := npy_of(np.arange(200_000, dtype=np.int64).reshape(-1, 4)))
     dataset = Npz(f"{ROOT}/small.npy").open()
     traffic.requests = traffic.bytes = 0
-    assert all((dataset.read(p).array == np.arange(4 * p, 4 * p + 4)).all() for p in range(len(dataset.ids)))
+    assert all((dataset.read(p).content == np.arange(4 * p, 4 * p + 4)).all() for p in range(len(dataset.ids)))
     assert traffic.requests <= 10
     assert traffic.bytes <= 1.01 * len(npy)
 
@@ -388,7 +388,7 @@ def test_a_store_that_does_not_answer_is_no_datums_fault(s3, monkeypatch, name):
                 found = []
         outages += not found
         for one in (*found, dataset.read(datum.index)):
-            assert np.array_equal(one.array, datum.array)
+            assert np.array_equal(one.content, datum.content)
             assert one.error == datum.error
     assert outages > 1
 

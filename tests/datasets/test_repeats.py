@@ -52,7 +52,7 @@ def test_repeats_lie_together_and_keep_label_and_split():
     assert {datum.split for datum in data} == {"train"}
     assert [datum.label for datum in data] == [f"label-{i}" for i in (1, 1, 1, 2, 2, 2, 3, 3, 3)]
     assert [datum.error for datum in data[3:6]] == ["broken"] * 3
-    assert (data[8].array == 3).all()
+    assert (data[8].content == 3).all()
     assert whole.reads == [1, 2, 3], "a datum is read once for its repeats"
 
 

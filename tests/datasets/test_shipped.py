@@ -72,7 +72,7 @@ def test_splits_follow_each_other_and_keep_their_ids():
     assert list(both.ids) == ["train/0000000", "train/0000001", "train/0000002", "test/0000000", "test/0000001"]
     data = [both.read(position) for position in range(5)]
     assert [(d.index, d.label, d.split) for d in data][2:4] == [(2, 3, "train"), (3, 4, "test")]
-    assert all((d.array == images[d.index]).all() for d in data)
+    assert all((d.content == images[d.index]).all() for d in data)
     assert list(FashionMnistDataset([test]).ids) == list(both.ids)[3:]
 
 
@@ -250,8 +250,8 @@ def test_the_sets_are_whole(kind, count, shape):
     assert len(set(dataset.ids)) == len(dataset.ids) == count
     for position in (0, count // 2, count - 1):
         datum = dataset.read(position)
-        assert datum.array is not None
-        assert (datum.array.shape, datum.array.dtype) == (shape, np.uint8)
+        assert datum.content is not None
+        assert (datum.content.shape, datum.content.dtype) == (shape, np.uint8)
         assert (datum.id, datum.index) == (dataset.ids[position], position)
     limited = open_limited(DATASETS[kind](), 50, seed=0)
     assert [limited.read(p).error for p in range(50)] == [None] * 50
@@ -274,7 +274,7 @@ def test_emoji_are_whole_objects_on_white():
     dataset = opened("emoji")
     everything = [dataset.read(position) for position in range(0, 3926, 10)]
     assert all(datum.error is None for datum in everything)
-    corners = np.stack([datum.array[0, 0] for datum in everything])
+    corners = np.stack([datum.content[0, 0] for datum in everything])
     assert (corners == 255).all(axis=1).mean() > 0.9
 
 

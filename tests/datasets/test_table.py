@@ -90,9 +90,9 @@ def test_encoded_images(path, column):
         assert datum.label == ["cat", "dog", None][position % 3]
         assert datum.split == ("train" if position < 20 else None)
         if position in (3, 4):
-            assert datum.array is None
+            assert datum.content is None
         else:
-            assert (datum.array == IMAGES[position]).all()
+            assert (datum.content == IMAGES[position]).all()
     assert "holds null here" in dataset.read(3).error
     assert dataset.read(4).error == "not an image, or an image format that cannot be read"
 
@@ -105,11 +105,11 @@ def test_arrays(path, column, shape):
     assert dataset.ids[7] == "row-0000007"
     for position in order(COUNT):
         datum = dataset.read(position)
-        assert (datum.array == IMAGES[position]).all()
-        assert datum.array.dtype == np.uint8
-        assert datum.array.flags.writeable
+        assert (datum.content == IMAGES[position]).all()
+        assert datum.content.dtype == np.uint8
+        assert datum.content.flags.writeable
         assert datum.label == 100 + position
-    assert Table(path, "tensor", shape=[60]).open().read(1).array.shape == (60,)
+    assert Table(path, "tensor", shape=[60]).open().read(1).content.shape == (60,)
     assert "holds 60 values" in Table(path, column, shape=[7]).open().read(0).error
 
 
@@ -120,7 +120,7 @@ def test_large_row_groups_are_streamed(tmp_path, monkeypatch):
     assert len(dataset._chunks) > 6
     for position in (*order(COUNT), 22, 0, 21):
         if position not in (3, 4):
-            assert (dataset.read(position).array == IMAGES[position]).all()
+            assert (dataset.read(position).content == IMAGES[position]).all()
 
 
 def test_one_chunk_is_held_at_a_time(path):
@@ -151,7 +151,7 @@ def test_a_folder_is_read_in_order_of_name(tmp_path):
     assert dataset.ids[2:4] == ["102", "103"]
     for position in order(COUNT):
         datum = dataset.read(position)
-        assert (datum.array == IMAGES[position]).all()
+        assert (datum.content == IMAGES[position]).all()
         assert datum.label == ["cat", "dog", None][position % 3]
 
 
@@ -165,7 +165,7 @@ def test_a_folder_is_read_in_order_of_name(tmp_path):
         ({"id_column": "class"}, r"the column 'class' is null at position 2"),
         ({"column": "name"}, r"the column 'name' holds string; expected encoded images .* or arrays of numbers"),
         ({"shape": [2, 0]}, r"dataset.shape is a list of positive lengths"),
-        ({"shape": [60]}, r"dataset.shape is for columns of arrays, and the column 'png' holds encoded images"),
+        ({"shape": [60]}, r"dataset.shape is for columns of arrays, and the column 'png' holds encoded files"),
     ],
 )
 def test_what_does_not_fit_is_the_callers_mistake(path, keys, message):
@@ -191,12 +191,12 @@ def test_cells_that_are_no_array_have_a_reason(tmp_path):
     cells = [[[1, 2], [3, 4]], [[1], [2, 3]], [[1, None]], [None], None, []]
     write_parquet(pa.table({"x": pa.array(cells, pa.list_(pa.list_(pa.uint8())))}), tmp_path / "t.parquet")
     dataset = Table(str(tmp_path / "t.parquet"), "x").open()
-    assert dataset.read(0).array.tolist() == [[1, 2], [3, 4]]
+    assert dataset.read(0).content.tolist() == [[1, 2], [3, 4]]
     reasons = [dataset.read(position).error for position in range(1, 5)]
     assert reasons[0].startswith("lists of 1 to 2 values")
     assert reasons[1:] == ["a value inside the cell is null", "a list inside the cell is null", reasons[3]]
     assert "null here" in reasons[3]
-    assert dataset.read(5).array.shape == (0, 0)
+    assert dataset.read(5).content.shape == (0, 0)
 
 
 def test_a_cell_that_names_a_file_is_not_followed(tmp_path):
@@ -205,7 +205,7 @@ def test_a_cell_that_names_a_file_is_not_followed(tmp_path):
     cells = pa.array([{"bytes": None, "path": str(tmp_path / "secret.png")}], kind)
     write_ipc(pa.table({"image": cells}), tmp_path / "t.arrow")
     datum = Table(str(tmp_path / "t.arrow"), "image").open().read(0)
-    assert datum.array is None
+    assert datum.content is None
     assert "holds no bytes" in datum.error
 
 
@@ -214,7 +214,7 @@ def test_wild_offsets_are_a_reason_and_not_the_end_of_the_process(tmp_path):
     wild = pa.Array.from_buffers(pa.binary(), 2, [None, offsets, pa.py_buffer(b"12345678")])
     write_ipc(pa.table({"image": wild}), tmp_path / "t.arrow")
     datum = Table(str(tmp_path / "t.arrow"), "image").open().read(0)
-    assert datum.array is None
+    assert datum.content is None
     assert "offset" in datum.error
     text = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"12345678")])
     write_ipc(pa.table({"image": [b"", b""], "id": text}), tmp_path / "t.arrow")
@@ -238,7 +238,7 @@ def test_damage_found_late_costs_the_data_it_hits(tmp_path):
     (tmp_path / "t.parquet").write_bytes(content)
     dataset = Table(str(tmp_path / "t.parquet"), "flat").open()
     data = [dataset.read(position) for position in range(COUNT)]
-    assert [d.index for d in data if d.array is None] == [10, 11, 12, 13, 14]
+    assert [d.index for d in data if d.content is None] == [10, 11, 12, 13, 14]
     assert all(d.error for d in data[10:15])
 
 

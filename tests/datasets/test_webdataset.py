@@ -80,7 +80,7 @@ def test_images_and_labels(shards):
     data = every(WebDataset(str(shards), key=".PNG", label="cls").open())
     assert [d.id for d in data] == IDS
     assert [d.index for d in data] == list(range(5))
-    assert all((d.array == PIXELS[i]).all() for i, d in enumerate(data))
+    assert all((d.content == PIXELS[i]).all() for i, d in enumerate(data))
     assert [d.label for d in data] == [0, 1, 2, 0, 1]
     assert [d.label for d in every(WebDataset(str(shards), label="json:name").open())] == [f"n{i}" for i in range(5)]
     assert [d.label for d in every(WebDataset(str(shards), label="json:number").open())] == list(range(5))
@@ -93,7 +93,7 @@ def test_any_position_is_read_without_the_rest(shards, monkeypatch):
     assert len(dataset.ids) == 5
     monkeypatch.setattr(webdataset.tarfile, "open", None)  # the headers were read once
     (shards / "a.tar").unlink()
-    assert (dataset.read(4).array == PIXELS[4]).all()
+    assert (dataset.read(4).content == PIXELS[4]).all()
     assert dataset.read(0).error == "No such file or directory"
 
 
@@ -109,7 +109,7 @@ def test_the_key_is_up_to_the_first_dot_and_folders_are_part_of_it(tmp_path):
     )
     assert errors(WebDataset(str(path)).open()) == {"x/cats/1": None, "x/dogs/1": None}
     right = WebDataset(str(path), key="right.png").open()
-    assert [(d.array == PIXELS[i]).all() for d, i in zip(every(right), (1, 2), strict=True)] == [True, True]
+    assert [(d.content == PIXELS[i]).all() for d, i in zip(every(right), (1, 2), strict=True)] == [True, True]
 
 
 def test_labels_are_of_one_kind_or_null(tmp_path):
@@ -243,7 +243,7 @@ def test_random_damage_raises_nothing(tmp_path):
         path = tmp_path / f"{number}.tar"
         path.write_bytes(damaged.tobytes())
         for datum in every(WebDataset(str(path), label="json:name").open()):
-            assert (datum.array is None) == bool(datum.error)
+            assert (datum.content is None) == bool(datum.error)
             datum.id.encode("utf-8")
 
 
