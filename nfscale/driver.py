@@ -180,6 +180,7 @@ def open_run(job: EncodeJob, device: str = "cpu") -> tuple[RunFolder, Plan]:
 
     Raises:
         CallerError: if the folder belongs to another job or holds something else.
+        MismatchError: if files that are committed are gone.
     """
     folder = RunFolder(job.output)
     try:
@@ -191,6 +192,9 @@ def open_run(job: EncodeJob, device: str = "cpu") -> tuple[RunFolder, Plan]:
     if planned:
         plan = folder.plan()
         folder.refuse_other(plan, job.fingerprint(ids_digest(job.open_dataset().ids)), job.model_dump(mode="json"))
+        folder.refuse_missing_files()
+        if folder.is_complete and sum(commit.rows for commit in folder.commits()) < plan.data_count:
+            folder.unfinish()  # commits were removed since: their data are fitted again
         return folder, plan
     if others:
         raise CallerError(

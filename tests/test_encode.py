@@ -296,7 +296,7 @@ def test_what_no_commit_names_is_found(tmp_path):
 def test_a_commit_that_is_no_json_is_named(tmp_path):
     folder, _ = encode_in_process(tiny_job(tmp_path / "run"))
     (folder.files.path / "commits" / "shard-00001.json").write_text("{")
-    with pytest.raises(MismatchError, match=r"shard-00001.json is not a commit .* remove it and _SUCCESS"):
+    with pytest.raises(MismatchError, match=r"shard-00001.json is not a commit .* remove it, and the same encode"):
         folder.commits()
 
 
@@ -335,4 +335,27 @@ def test_an_output_that_cannot_be_written_ends_the_run_and_a_repeat_completes_it
     monkeypatch.setattr("nfscale.encode.write_parquet", write_parquet)
     serve(folder, plan, InProcessPool(folder), [])
     assert folder.is_complete
+    assert not verify(folder).mismatches
+
+
+def test_a_complete_run_whose_commits_were_removed_is_completed_again(tmp_path):
+    job = tiny_job(tmp_path / "run", "fit.max_steps=20")
+    folder, _ = encode_in_process(job)
+    before = open_weights(str(folder)).weights()
+    (folder.files.path / "commits" / "shard-00001.json").unlink()
+    folder, summary = encode_in_process(job)
+    assert summary.fitted_here == 16
+    assert folder.is_complete
+    assert (open_weights(str(folder)).weights() == before).all()
+
+
+def test_a_complete_run_whose_files_are_gone_says_so_and_what_to_do(tmp_path):
+    job = tiny_job(tmp_path / "run", "fit.max_steps=20")
+    folder, _ = encode_in_process(job)
+    commit = folder.commits()[1]
+    (folder.files.path / commit.file).unlink()
+    with pytest.raises(MismatchError, match=r"1 files that are committed are missing.*commits/shard-0000\d.json"):
+        open_run(job)
+    (folder.files.path / "commits" / f"{commit.shard}.json").unlink()
+    encode_in_process(job)
     assert not verify(folder).mismatches

@@ -287,14 +287,30 @@ class RunFolder:
             return Commit(**json.loads(content))
         except (ValueError, TypeError) as error:
             raise MismatchError(
-                f"{self.files.place(name)} is not a commit ({error}); remove it and _SUCCESS, and the same encode "
-                "fits its shard again"
+                f"{self.files.place(name)} is not a commit ({error}); remove it, and the same encode fits its "
+                "shard again"
             ) from error
 
     def recommit(self, commit: Commit) -> bool:
         """Put a commit in the place of the shard's former one: readers see the one or the other. Always True."""
         self.files.replace(_commit_file(commit.shard), schema.json_bytes(asdict(commit)))
         return True
+
+    def refuse_missing_files(self) -> None:
+        """Check that the files are there that the commits name.
+
+        Raises:
+            MismatchError: naming some that are not, and the way out.
+        """
+        there = set(self.files.names("data"))
+        gone = [commit for commit in self.commits() if commit.file not in there]
+        if gone:
+            some = ", ".join(_commit_file(commit.shard) for commit in gone[:3])
+            raise MismatchError(
+                f"{len(gone)} files that are committed are missing, such as {self.files.place(gone[0].file)}; bring "
+                f"them back, or remove their commits ({some}{', ...' if len(gone) > 3 else ''}) and the same encode fits "
+                "their data again"
+            )
 
     def uncommitted(self) -> list[str]:
         """Files of attempts that no commit names: in flight, lost to another attempt, or left by a kill."""
@@ -321,6 +337,10 @@ class RunFolder:
     def finish(self, rows: int) -> None:
         """Mark the run as complete."""
         self.files.put_if_absent("_SUCCESS", schema.json_bytes({"rows": rows}))
+
+    def unfinish(self) -> None:
+        """Take the mark away again."""
+        self.files.remove("_SUCCESS")
 
     # --- calibration
 
