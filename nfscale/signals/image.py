@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from nfscale.signals.base import Pointwise, Samples, mean_squared_error, psnr_db, require_decodable
 
@@ -35,6 +36,16 @@ class Image(Pointwise):
     channels: int
     convert: Literal["grey", "rgb"] | None = None
     """Turn images of other channel counts into this one instead of refusing them."""
+    resize: list[int] | None = None
+    """[height, width] that every image is brought to (bilinear, antialiased) instead of keeping its own."""
+    holdout: int | None = None
+    """k >= 2: pixels whose row + column is a multiple of k are held back, and measured as `quality_heldout`."""
+
+    def __post_init__(self) -> None:
+        if self.resize is not None and (len(self.resize) != 2 or min(self.resize) < 1):
+            raise ValueError(f"signal.resize is [height, width], got {self.resize}")
+        if self.holdout is not None and self.holdout < 2:
+            raise ValueError(f"signal.holdout=k holds back one pixel of k and is at least 2, got {self.holdout}")
 
     dimensions = 2
     quality_name = "psnr_db"
@@ -48,7 +59,7 @@ class Image(Pointwise):
 
     def samples(self, datum: np.ndarray) -> Samples:
         """[H, W] or [H, W, C], integers of full range or floats in [0, 1] -> samples in Z-order."""
-        values = _converted(_as_values(datum), self.convert)
+        values = self.original(datum)
         height, width, channels = values.shape
         if channels != self.channels:
             raise ValueError(
@@ -56,8 +67,14 @@ class Image(Pointwise):
                 "signal.convert=grey or rgb would convert it"
             )
         order = _z_order(height, width)
-        flat = values.reshape(-1, channels)[order] - np.float32(_SHIFT)
-        return Samples(_pixel_centres(height, width)[torch.from_numpy(order)], torch.from_numpy(flat))
+        flat = torch.from_numpy(values.reshape(-1, channels)[order] - np.float32(_SHIFT))
+        centres = _pixel_centres(height, width)[torch.from_numpy(order)]
+        if self.holdout is None:
+            return Samples(centres, flat)
+        held = torch.from_numpy((order // width + order % width) % self.holdout == 0)
+        if bool(held.all()):
+            raise ValueError(f"an image of {height} x {width} pixels, of which holdout={self.holdout} leaves none")
+        return Samples(centres[~held], flat[~held], heldout=Samples(centres[held], flat[held]))
 
     def loss(self, predicted: Tensor, samples: Samples) -> Tensor:
         return mean_squared_error(predicted, samples)
@@ -66,7 +83,8 @@ class Image(Pointwise):
         return psnr_db(predicted, samples)
 
     def measures(self, datum: np.ndarray) -> dict[str, float]:
-        return {"height": float(datum.shape[0]), "width": float(datum.shape[1])}
+        height, width = self.resize or datum.shape[:2]
+        return {"height": float(height), "width": float(width)}
 
     def shape_of(self, measures: dict[str, float]) -> tuple[int, int]:
         """The (height, width) that `measures` recorded."""
@@ -91,7 +109,7 @@ class Image(Pointwise):
 
     def original(self, datum: np.ndarray) -> np.ndarray:
         """The datum as its field represents it: [H, W, C] in [0, 1], for pictures beside reconstructions."""
-        return _converted(_as_values(datum), self.convert)
+        return _resized(_converted(_as_values(datum), self.convert), self.resize)
 
     def forward_description(self) -> dict[str, Any]:
         return {
@@ -137,6 +155,14 @@ def _converted(values: np.ndarray, convert: str | None) -> np.ndarray:
     if convert == "rgb" and channels == 1:
         return values.repeat(3, axis=2)
     raise ValueError(f"no conversion from {channels} channels to {convert}")
+
+
+def _resized(values: np.ndarray, shape: list[int] | None) -> np.ndarray:
+    if shape is None or list(values.shape[:2]) == shape:
+        return values
+    planes = torch.from_numpy(values).permute(2, 0, 1)[None]
+    resized = functional.interpolate(planes, size=tuple(shape), mode="bilinear", antialias=True)
+    return resized[0].permute(1, 2, 0).clamp(0, 1).numpy()
 
 
 @lru_cache(maxsize=_SIZES_KEPT)

@@ -227,3 +227,39 @@ def test_the_description_says_how_an_output_becomes_a_value():
 def test_types_without_a_full_range_are_refused(kind):
     with pytest.raises(ValueError, match=f"uint8, uint16, bool, or floats in .* got {np.dtype(kind)}"):
         Image(1).samples(np.ones((4, 4), dtype=kind))
+
+
+def test_pixels_that_are_held_back_are_in_no_sample():
+    image = np.random.default_rng(0).random((6, 7, 1)).astype(np.float32)
+    whole, parted = Image(1).samples(image), Image(1, holdout=3).samples(image)
+    assert len(parted.values) + len(parted.heldout.values) == 42
+    assert len(parted.heldout.values) == 14
+    rows, columns = (((parted.heldout.coordinates + 1) * torch.tensor([6, 7]) - 1) / 2).round().long().T
+    assert ((rows + columns) % 3 == 0).all()
+    together = torch.cat([parted.coordinates, parted.heldout.coordinates])
+    assert sorted(map(tuple, together.tolist())) == sorted(map(tuple, whole.coordinates.tolist()))
+
+
+def test_an_image_too_small_to_hold_pixels_back_is_refused():
+    with pytest.raises(ValueError, match="leaves none"):
+        Image(1, holdout=2).samples(np.zeros((1, 1)))
+
+
+def test_resized_images_have_the_mean_of_the_pixels_they_cover():
+    image = np.random.default_rng(0).random((8, 12, 3)).astype(np.float32)
+    signal = Image(3, resize=[4, 6])
+    assert signal.shape_of(signal.measures(image)) == (4, 6)
+    assert len(signal.samples(image).values) == 24
+    flat = np.full((9, 5), 0.25, dtype=np.float32)
+    assert np.allclose(Image(1, resize=[3, 3]).original(flat), 0.25)
+    from PIL import Image as Pillow
+
+    grey = (image[:, :, 0] * 255).astype(np.uint8)
+    expected = np.asarray(Pillow.fromarray(grey).resize((6, 4), Pillow.Resampling.BILINEAR)) / 255
+    assert np.abs(Image(1, resize=[4, 6]).original(grey)[:, :, 0] - expected).max() < 2 / 255
+
+
+@pytest.mark.parametrize(("keys", "said"), [({"resize": [4]}, "height, width"), ({"holdout": 1}, "at least 2")])
+def test_keys_that_make_no_sense_are_refused(keys, said):
+    with pytest.raises(ValueError, match=said):
+        Image(1, **keys)
