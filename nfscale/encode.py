@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from nfscale.datasets import Dataset, Datum, seeded_sample
-from nfscale.datasets.base import ids_digest, read_range
+from nfscale.datasets.base import ids_digest
 from nfscale.engine import Calibration, Fitted, calibrate, fit
 from nfscale.engine.step import evaluate, predicted_at, stack_samples
 from nfscale.errors import CallerError, EncodeError, OutputError
@@ -39,7 +39,7 @@ from nfscale.store.table import built
 
 _SHARD_SECONDS = 15.0  # of work: what a lost worker costs, and short enough that all workers end together
 _ASSUMED_FLOPS = {"cpu": 20e9, "cuda": 10e12}  # useful rate of one worker; only decides how data are cut
-_SHARD_FIELDS = (16, 4096)
+_SHARD_FIELDS = {"cpu": (4, 4096), "cuda": (64, 4096)}  # fewer would leave a batch half empty
 _MINIMUM_SHARDS = 8
 _REPORT_SECONDS = 0.5  # between two reports of progress: a message per field would cost more than it tells
 _PROBED_DATA = 100  # data tried until enough are readable to decide what the signal leaves open
@@ -75,9 +75,10 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
     dataset = job.open_dataset()
     if not dataset.ids:
         raise CallerError("the dataset is empty")
-    signal, samples = _settled_signal(job, dataset)
+    probed = _probed(job, dataset)
+    signal = probed.signal
     field = job.build_field(signal.dimensions, signal.channels)
-    available = len(samples.values)
+    available = len(probed.samples.values)
     per_step = available if job.fit.samples == "full" else min(job.fit.samples, available)
     digest = ids_digest(dataset.ids)
     theta0 = theta0_of(field, job.seed).numpy() if job.field.init == "shared" else None
@@ -91,9 +92,9 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
         job=job.model_dump(mode="json"),
         data_count=len(dataset.ids),
         ids_sha256=digest,
-        label_type=_label_type(dataset),
+        label_type=probed.label_type,
         samples_per_step=per_step,
-        shard_fields=_shard_fields(job, field, per_step, len(dataset.ids), device),
+        shard_fields=_shard_fields(job, field, per_step * signal.points_per_sample, len(dataset.ids), device),
         layout=field.layout,
         forward={"field": field.forward_description(), "signal": signal.forward_description()},
         theta0=theta0,
@@ -103,34 +104,54 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
     )
 
 
-def _settled_signal(job: EncodeJob, dataset: Dataset) -> tuple[Signal, Samples]:
-    """The signal as the first few readable data decide it, and the samples of the first."""
+@dataclass(frozen=True)
+class _Probed:
+    """What the first data say of the rest."""
+
+    signal: Signal
+    samples: Samples
+    """Of the first datum that can be read."""
+    label_type: LabelType
+
+
+def _probed(job: EncodeJob, dataset: Dataset) -> _Probed:
+    """Read data until the signal and the type of the labels are decided.
+
+    The first ones; where none of them can be read, some that are spread over the dataset.
+    """
     contents: list[Any] = []
+    labels: list[str | int] = []
     reason = ""
-    probed = min(_PROBED_DATA, len(dataset.ids))
-    for datum in read_range(dataset, 0, probed):
+    tried = 0
+    for position in _probed_positions(job, dataset):
+        if tried >= _PROBED_DATA and contents:
+            break
+        tried += 1
+        datum = dataset.read(position)
+        if datum.label is not None:
+            labels.append(datum.label)
         if datum.content is None:
             reason = f"{datum.id}: {datum.error}"
-            continue
-        try:
-            job.build_signal([datum.content]).samples(datum.content)
-            contents.append(datum.content)
-        except ValueError as error:
-            reason = f"{datum.id}: {error}"
-        if len(contents) == _DECIDING_DATA:
+        elif len(contents) < _DECIDING_DATA:
+            try:
+                job.build_signal([datum.content]).samples(datum.content)
+                contents.append(datum.content)
+            except ValueError as error:
+                reason = f"{datum.id}: {error}"
+        if len(contents) == _DECIDING_DATA and labels:
             break
     if not contents:
-        raise CallerError(f"none of the first {probed} data can be read; the last of them, {reason}")
+        raise CallerError(f"none of {tried} data that were tried can be read; the last of them, {reason}")
     signal = job.build_signal(contents)
-    return signal, signal.samples(contents[0])
+    label_type = "int64" if labels and isinstance(labels[0], int) else "string"
+    return _Probed(signal, signal.samples(contents[0]), label_type)
 
 
-def _label_type(dataset: Dataset) -> LabelType:
-    """int64 where the first label is a number; labels of a dataset are all of one kind."""
-    for datum in read_range(dataset, 0, min(_PROBED_DATA, len(dataset.ids))):
-        if datum.label is not None:
-            return "int64" if isinstance(datum.label, int) else "string"
-    return "string"
+def _probed_positions(job: EncodeJob, dataset: Dataset) -> Iterator[int]:
+    first = min(_PROBED_DATA, len(dataset.ids))
+    yield from range(first)
+    if first < len(dataset.ids):
+        yield from seeded_sample(dataset.ids, 2 * _PROBED_DATA, job.seed, "probe")
 
 
 def _label(datum: Datum, label_type: LabelType) -> str | int | None:
@@ -140,12 +161,13 @@ def _label(datum: Datum, label_type: LabelType) -> str | int | None:
     return datum.label if isinstance(datum.label, int) else None
 
 
-def _shard_fields(job: EncodeJob, field: Field, per_step: int, count: int, device: str) -> int:
+def _shard_fields(job: EncodeJob, field: Field, points: int, count: int, device: str) -> int:
+    """How many fields a shard has, by what a fit of `points` points per step costs."""
     if job.store.shard_fields != "auto":
         return job.store.shard_fields
-    flops = 6 * field.layout.size * per_step * job.fit.max_steps  # forward and backward of one fit
+    flops = 6 * field.layout.size * points * job.fit.max_steps  # forward and backward of one fit
     by_time = int(_SHARD_SECONDS * _ASSUMED_FLOPS[device] / flops)
-    low, high = _SHARD_FIELDS
+    low, high = _SHARD_FIELDS[device]
     return max(low, min(by_time, high, -(-count // _MINIMUM_SHARDS)))
 
 

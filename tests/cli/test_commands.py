@@ -123,7 +123,7 @@ def test_review_makes_a_report_that_needs_nothing_else(home):
     ("arguments", "message"),
     [
         (["fit.max_step=3"], "unknown key fit.max_step; accepted: "),
-        (["signal.kind=imge"], "unknown signal 'imge'; known kinds of signal: image"),
+        (["signal.kind=imge"], "unknown signal 'imge'; known kinds of signal: "),
         (["fit.max_steps=few"], "fit.max_steps: input should be a valid integer"),
         (["fit.max_steps=80"], "belongs to another job: they differ in fit.max_steps"),
         (["dataset.kind=folder", "dataset.path=none"], "dataset.path: no folder 'none'"),
@@ -172,7 +172,7 @@ def test_a_folder_of_unreadable_images_is_exit_2_and_nothing_is_written(tmp_path
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
     failed = nfscale("encode", tmp_path / "job.yaml")
     assert failed.returncode == 2
-    assert "none of the first 1 data can be read" in failed.stderr
+    assert "none of 1 data that were tried can be read" in failed.stderr
     assert not (tmp_path / "run").exists()
 
 
