@@ -35,7 +35,7 @@ def decode(
         medium.write(content, out)
     except OSError as error:
         raise CallerError(f"cannot write {out}: {error.strerror or error}") from error
-    print(f"{out}: datum {datum}, {' x '.join(f'{size:g}' for size in wanted)}")
+    print(f"{out}: datum {datum}, {' x '.join(str(size) for size in wanted if isinstance(size, int))}")
 
 
 def _key(table: WeightsTable, datum: str) -> str | int:

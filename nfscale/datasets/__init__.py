@@ -13,9 +13,15 @@ from nfscale.datasets.folder import Folder
 from nfscale.datasets.function import Function
 from nfscale.datasets.hf import HuggingFace
 from nfscale.datasets.mnist import Mnist
+from nfscale.datasets.navy_winds import NavyWinds
+from nfscale.datasets.netcdf import NetCdf
 from nfscale.datasets.npz import Npz
 from nfscale.datasets.photos import Photos
+from nfscale.datasets.scenes import Scenes
+from nfscale.datasets.shapes import Shapes
+from nfscale.datasets.speech import Speech
 from nfscale.datasets.table import Table
+from nfscale.datasets.upper_winds import UpperWinds
 from nfscale.datasets.webdataset import WebDataset
 
 DATASETS: dict[str, type] = {
@@ -26,9 +32,15 @@ DATASETS: dict[str, type] = {
     "function": Function,
     "hf": HuggingFace,
     "mnist": Mnist,
+    "navy_winds": NavyWinds,
+    "netcdf": NetCdf,
     "npz": Npz,
     "photos": Photos,
+    "scenes": Scenes,
+    "shapes": Shapes,
+    "speech": Speech,
     "table": Table,
+    "upper_winds": UpperWinds,
     "webdataset": WebDataset,
 }
 

@@ -1,8 +1,18 @@
 """Files and pages of the modalities: how data are read, written and shown. One file each, by the signal's kind."""
 
+from nfscale.media.audio import AudioMedium
 from nfscale.media.base import Beside, Medium, Panel, nothing_beside
 from nfscale.media.image import ImageMedium
+from nfscale.media.occupancy import OccupancyMedium
+from nfscale.media.radiance import RadianceMedium
+from nfscale.media.sphere import SphereMedium
 
-MEDIA: dict[str, Medium] = {"image": ImageMedium()}
+MEDIA: dict[str, Medium] = {
+    "audio": AudioMedium(),
+    "image": ImageMedium(),
+    "occupancy": OccupancyMedium(),
+    "radiance": RadianceMedium(),
+    "sphere": SphereMedium(),
+}
 
 __all__ = ["MEDIA", "Beside", "Medium", "Panel", "nothing_beside"]

@@ -36,6 +36,8 @@ class Medium(Protocol):
     """What names of files that it reads end in: lower case, with the dot."""
     written: tuple[str, ...]
     """What names of files that it writes end in; the first is the usual one."""
+    panel_pixels: int
+    """How wide a panel is shown at least, so that what is written in it can be read; small images are enlarged."""
     legend: str
     """What the panels of a datum are, in their order: `original, rebuilt, error times ten`."""
 

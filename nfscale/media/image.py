@@ -32,6 +32,7 @@ class ImageMedium:
 
     suffixes = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm"})
     written: tuple[str, ...] = (".png", ".npy")
+    panel_pixels = 96
     legend = "original, rebuilt, error times ten"
 
     def read(self, stream: BinaryIO, name: str, beside: Beside) -> np.ndarray:

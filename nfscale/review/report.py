@@ -111,7 +111,9 @@ def _galleries(run: OpenRun, table: WeightsTable, rows: pa.Table) -> dict[str, A
     shown = _Shown(run, table)
     drawn = {name: shown.data(fitted["datum_id"].take(list(at)).to_pylist()) for name, at in chosen.items()}
     galleries = [(name, [_figure(run, datum) for datum in found]) for name, found in drawn.items()]
-    context: dict[str, Any] = {"galleries": galleries, "legend": run.medium.legend, "mosaic": None, "canvases": []}
+    medium = run.medium
+    context: dict[str, Any] = {"galleries": galleries, "legend": medium.legend, "panel_pixels": medium.panel_pixels}
+    context |= {"mosaic": None, "canvases": []}
     if run.job.signal.kind != "image":
         return context
     everyone = [datum for found in drawn.values() for datum in found]

@@ -3,9 +3,39 @@
 Adding a modality is one file here and one line in `SIGNALS`.
 """
 
-from nfscale.signals.base import Kind, Samples, Signal
+from nfscale.signals.audio import Audio, Sound
+from nfscale.signals.base import Kind, Pointwise, Samples, Signal, mean_squared_error, psnr_db
 from nfscale.signals.image import Image
+from nfscale.signals.occupancy import Grid, Labelled, Mesh, Occupancy, Solid
+from nfscale.signals.radiance import Radiance, Scene
+from nfscale.signals.sphere import Sphere, SphereMap
 
-SIGNALS: dict[str, type] = {"image": Image}
+SIGNALS: dict[str, type] = {
+    "audio": Audio,
+    "image": Image,
+    "occupancy": Occupancy,
+    "radiance": Radiance,
+    "sphere": Sphere,
+}
 
-__all__ = ["SIGNALS", "Image", "Kind", "Samples", "Signal"]
+__all__ = [
+    "SIGNALS",
+    "Audio",
+    "Grid",
+    "Image",
+    "Kind",
+    "Labelled",
+    "Mesh",
+    "Occupancy",
+    "Pointwise",
+    "Radiance",
+    "Samples",
+    "Scene",
+    "Signal",
+    "Solid",
+    "Sound",
+    "Sphere",
+    "SphereMap",
+    "mean_squared_error",
+    "psnr_db",
+]

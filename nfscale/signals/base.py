@@ -87,6 +87,8 @@ class Signal(Protocol):
     """How many points of the field the prediction of one sample takes: what memory is reckoned by."""
     jittered: bool
     """Training steps get `samples.jitter`."""
+    squared_error: bool
+    """`predict` is that of `Pointwise`, `loss` is `mean_squared_error`: a step need not ask the signal for them."""
 
     @classmethod
     def settled(cls, keys: dict[str, Any], contents: Sequence[Any]) -> dict[str, Any]:
@@ -177,6 +179,13 @@ class Pointwise:
 
     points_per_sample = 1
     jittered = False
+    squared_error = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A class with a `predict` or `loss` of its own says `squared_error` anew: what it inherits may be wrong."""
+        super().__init_subclass__(**options)
+        if "squared_error" not in vars(cls) and {"predict", "loss"} & vars(cls).keys():
+            cls.squared_error = False
 
     def predict(self, apply: Apply, samples: Samples) -> Tensor:
         return apply(samples.coordinates)

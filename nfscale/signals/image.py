@@ -49,6 +49,7 @@ class Image(Pointwise):
 
     dimensions = 2
     quality_name = "psnr_db"
+    squared_error = True
 
     @classmethod
     def settled(cls, keys: dict[str, Any], contents: Sequence[np.ndarray]) -> dict[str, Any]:

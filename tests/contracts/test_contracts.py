@@ -11,16 +11,31 @@ import torch
 
 from nfscale.fields import FIELDS
 from nfscale.layout import Layout, Params
+from nfscale.media.render import orbit_pose
 from nfscale.optim import OPTIMIZERS, SCHEDULES, Extra, Schedule
 from nfscale.rng import as_tensor, datum_seed
-from nfscale.signals import SIGNALS, Samples
+from nfscale.signals import SIGNALS, Grid, Samples, Scene, Sound
 from nfscale.signals.base import Pointwise
 
 SEEDS = as_tensor([datum_seed(0, f"datum-{index}") for index in range(3)])
 CHANNELS = 2
+CHANNELS_OF = {"occupancy": 1, "radiance": 4}
+"""Kinds of signals that have no others."""
+
+
+def scene(seed: int) -> Scene:
+    """Nine views of noise that fills the scene's box."""
+    poses = np.stack([orbit_pose(0.7 * view, 0.3, 4.0) for view in range(9)])
+    images = np.random.default_rng(seed).integers(0, 256, (9, 5, 6, 3)).astype(np.uint8)
+    return Scene(images, poses, 0.3, np.zeros(9, dtype=bool))
+
 
 DATA = {
+    "audio": [Sound(np.random.default_rng(n).uniform(-1, 1, (30, CHANNELS)).astype(np.float32), 40) for n in range(3)],
     "image": [np.random.default_rng(n).random((5, 6, CHANNELS)).astype(np.float32) for n in range(3)],
+    "occupancy": [np.random.default_rng(n).integers(0, 2, (5, 6, 4)).astype(np.float32) for n in range(3)],
+    "radiance": [scene(n) for n in range(3)],
+    "sphere": [np.random.default_rng(n).random((5, 6, CHANNELS)).astype(np.float32) for n in range(3)],
 }
 """Three data of one shape for each kind of signal, with the channels above."""
 
@@ -116,7 +131,23 @@ def test_fields_are_frozen_and_say_what_they_are(field):
 @pytest.fixture(params=SIGNALS)
 def signal(request):
     assert request.param in DATA, f"add three example data of the signal {request.param!r} to DATA"
-    return SIGNALS[request.param](channels=CHANNELS), DATA[request.param]
+    channels = CHANNELS_OF.get(request.param, CHANNELS)
+    return SIGNALS[request.param](channels=channels), DATA[request.param]
+
+
+def array_of(content) -> np.ndarray:
+    """The array of a content, which may be the content itself, its `values` or its `poses`."""
+    if isinstance(content, Scene):
+        return content.poses
+    if isinstance(content, Grid):
+        return np.where(content.logits > 0, 1.0, 0.0)
+    return content if isinstance(content, np.ndarray) else content.values
+
+
+def with_array(content, array: np.ndarray):
+    if isinstance(content, Scene):
+        return replace(content, poses=array)
+    return array if isinstance(content, np.ndarray) else replace(content, values=array)
 
 
 def batch_of(signal, data) -> Samples:
@@ -231,12 +262,12 @@ def test_jitter_is_used_where_it_is_asked_for(signal):
 
 def test_samples_are_a_function_of_the_datum(signal):
     signal, data = signal
-    before = data[0].copy()
+    before = array_of(data[0]).copy()
     first, second = signal.samples(data[0]), signal.samples(data[0])
     assert torch.equal(first.values, second.values)
     assert torch.equal(first.coordinates, second.coordinates)
     first.values.zero_()
-    assert np.array_equal(data[0], before)
+    assert np.array_equal(array_of(data[0]), before)
 
 
 def test_loss_and_quality_are_one_number_per_field_of_its_own(signal):
@@ -252,7 +283,7 @@ def test_loss_and_quality_are_one_number_per_field_of_its_own(signal):
             own = samples.map(lambda tensor, index=index: tensor[index : index + 1])
             torch.testing.assert_close(measure(predicted[index : index + 1], own)[0], together[index])
         changed = predicted.clone()
-        changed[1] += 0.3
+        changed[1] += 3  # more than a sign takes
         assert torch.equal(measure(changed, samples)[[0, 2]], together[[0, 2]])
         assert measure(changed, samples)[1] != together[1]
 
@@ -261,7 +292,7 @@ def test_a_better_prediction_has_less_loss_and_higher_quality(signal):
     signal, data = signal
     samples = batch_of(signal, data)
     noise = torch.randn(samples.values.shape, generator=torch.Generator().manual_seed(0))
-    near, far = samples.values + 0.01 * noise, samples.values + 0.3 * noise
+    near, far = samples.values + 0.01 * noise, samples.values + 3 * noise
     assert (signal.loss(near, samples) < signal.loss(far, samples)).all()
     assert (signal.quality(near, samples) > signal.quality(far, samples)).all()
 
@@ -280,10 +311,13 @@ def test_a_datum_is_reconstructed_from_values_at_the_coordinates_of_its_shape(si
     signal, data = signal
     for datum in data:
         shape = signal.shape_of(signal.measures(datum))
-        samples, wanted = signal.samples(datum), signal.coordinates(shape)
-        place = {tuple(c): index for index, c in enumerate(samples.coordinates.tolist())}
-        values = samples.values[[place[tuple(c)] for c in wanted.tolist()]]
-        assert np.abs(signal.reconstruct(values[None], shape)[0] - datum).max() < 1e-6
+        parts, wanted = parts_of(signal.samples(datum)), signal.coordinates(shape)
+        known = torch.cat([part.coordinates for part in parts])
+        distance, place = (wanted[:, None] - known).abs().amax(dim=2).min(dim=1)
+        assert distance.max() < 1e-5
+        values = torch.cat([part.values for part in parts])[place]
+        rebuilt, original = signal.reconstruct(values[None], shape)[0], signal.original(datum)
+        assert np.abs(array_of(rebuilt) - array_of(original)).max() < 1e-6
 
 
 def test_signals_are_frozen_name_their_quality_and_say_what_they_are(signal):
@@ -298,9 +332,10 @@ def test_signals_are_frozen_name_their_quality_and_say_what_they_are(signal):
 
 def test_a_datum_that_does_not_fit_is_refused_in_a_sentence(signal):
     signal, data = signal
-    for wrong in (np.full_like(data[0], np.nan), np.zeros((0, *data[0].shape[1:]), data[0].dtype)):
+    array = array_of(data[0])
+    for wrong in (np.full_like(array, np.nan), np.zeros((0, *array.shape[1:]), array.dtype)):
         with pytest.raises(ValueError, match=r"\w+ \w+"):
-            signal.samples(wrong)
+            signal.samples(with_array(data[0], wrong))
 
 
 # Optimisers
