@@ -18,6 +18,7 @@ from nfscale.review import make_report
 from nfscale.store import RunFolder
 from nfscale.store.ipc import write_ipc_copy
 from nfscale.store.run_folder import IPC_COPY, Plan
+from nfscale.store.schema import quality_text
 from nfscale.track import Tracker, tracking_uri
 
 _TRACKER_SECONDS = 120.0  # that MLflow may take at the end; the next start writes what is missing then
@@ -133,6 +134,10 @@ def _figures(folder: RunFolder, summary: Summary, tracked: bool) -> dict:
 
 def _print_summary(console: Console, figures: dict) -> None:
     unit = figures["quality_name"]
+
+    def text(which: str) -> str:
+        return quality_text(unit, figures[f"quality_{which}"])
+
     console.print()
     if not figures["was_complete"]:
         speed = f"{figures['seconds']:.1f} s, {figures['fields_per_second']:.2f} fields/s"
@@ -140,8 +145,8 @@ def _print_summary(console: Console, figures: dict) -> None:
     console.print(f"rows      {figures['fields']:,}: {percentages(figures['counts'])}")
     if "quality_median" in figures:
         console.print(
-            f"quality   median {unit} {figures['quality_median']:.2f}, 5th percentile {figures['quality_p05']:.2f}, "
-            f"worst {figures['quality_min']:.2f}; {figures['steps_mean']:.0f} steps on average"
+            f"quality   median {unit} {text('median')}, 5th percentile {text('p05')}, worst {text('min')}; "
+            f"{figures['steps_mean']:.0f} steps on average"
         )
     console.print(f"table     {figures['table']}  (nfscale.open_weights({figures['output']!r}))")
     console.print(f"report    {figures['report']}")

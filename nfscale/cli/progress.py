@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from nfscale.encode import Progress as ShardProgress
 from nfscale.store.run_folder import Commit, Plan, RunFolder
+from nfscale.store.schema import quality_text
 
 _LINE_SECONDS = 10.0
 _RECENT = 2000  # qualities that the running median looks back on
@@ -72,7 +73,7 @@ class ProgressDisplay:
             rate = here / max(now - self._started, 1e-9)
             parts.append(f"{rate:.1f} fields/s")
             if self._qualities:
-                parts.append(f"median {self._unit} {statistics.median(self._qualities):.2f}")
+                parts.append(f"median {self._unit} {quality_text(self._unit, statistics.median(self._qualities))}")
             parts.append(f"{_clock((self._total - self._fields) / rate)} left")
         else:
             parts.append(f"{_clock(now - self._started)} of preparation")

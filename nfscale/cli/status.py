@@ -12,7 +12,7 @@ from nfscale.cli.common import JsonOption, RunArgument, percentages, write_json
 from nfscale.driver import BEAT_SECONDS
 from nfscale.store import RunFolder
 from nfscale.store.run_folder import Commit
-from nfscale.store.schema import FAILED_STATUSES, STATUS
+from nfscale.store.schema import FAILED_STATUSES, STATUS, quality_text
 
 _REASONS_SHOWN = 20
 _DEAD_AFTER = 6  # signs of life that a driver may miss, on a file system that is slow to show them
@@ -62,7 +62,8 @@ def status(run: RunArgument, json_file: JsonOption = None) -> None:
         console.print(f"rows      {percentages(dict(counts))}")
     if figures["shard_median_quality"] is not None:
         console.print(
-            f"quality   median of the shards' median {plan.quality_name} {figures['shard_median_quality']:.2f}"
+            f"quality   median of the shards' median {plan.quality_name} "
+            + quality_text(plan.quality_name, figures["shard_median_quality"])
         )
     if damaged:
         console.print(f"damaged   {', '.join(damaged[:5])}: files gone or of another size; `nfscale verify` says more")

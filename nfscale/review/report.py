@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files as resources
 from typing import Any
 
@@ -25,7 +26,7 @@ from nfscale.media.image import sides
 from nfscale.review import figures
 from nfscale.store.history import quality_quantiles, sampled_histories
 from nfscale.store.run_folder import CONVERGENCE, REPORT, REVIEW_SUMMARY, RunFolder
-from nfscale.store.schema import FAILED_STATUSES, STATUS, json_bytes
+from nfscale.store.schema import FAILED_STATUSES, STATUS, json_bytes, quality_text
 from nfscale.store.table import WeightsTable
 
 _MOSAIC = 96
@@ -68,9 +69,9 @@ def make_report(folder: RunFolder) -> dict[str, Any]:
         context["convergence"] = figures.convergence(steps, bands, run.job.fit.target, unit)
         context |= _galleries(run, table, rows)
     context["failures"] = _failures(rows)
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        (resources("nfscale.review") / "report.html.j2").read_text()
-    )
+    pages = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    pages.filters["quality"] = partial(quality_text, run.plan.quality_name)
+    template = pages.from_string((resources("nfscale.review") / "report.html.j2").read_text())
     folder.files.replace(REVIEW_SUMMARY, json_bytes(summary))
     folder.files.replace(REPORT, template.render(**context).encode())
     return summary
@@ -224,7 +225,7 @@ def _failures(rows: pa.Table) -> list[dict[str, Any]]:
 
 
 def _unit(quality_name: str) -> str:
-    return {"psnr_db": "PSNR, dB"}.get(quality_name, quality_name)
+    return {"psnr_db": "PSNR, dB", "snr_db": "SNR, dB", "iou": "IoU"}.get(quality_name, quality_name)
 
 
 def _write_convergence(table: WeightsTable) -> None:

@@ -308,8 +308,8 @@ class RunFolder:
             some = ", ".join(_commit_file(commit.shard) for commit in gone[:3])
             raise MismatchError(
                 f"{len(gone)} files that are committed are missing, such as {self.files.place(gone[0].file)}; bring "
-                f"them back, or remove their commits ({some}{', ...' if len(gone) > 3 else ''}) and the same encode fits "
-                "their data again"
+                f"them back, or remove their commits ({some}{', ...' if len(gone) > 3 else ''}) and the same encode "
+                "fits their data again"
             )
 
     def uncommitted(self) -> list[str]:

@@ -158,6 +158,11 @@ def layout_of(schema: pa.Schema) -> Layout:
     return Layout.from_json((schema.field("weights").metadata or {})[b"nfscale.layout"].decode())
 
 
+def quality_text(name: str, value: float) -> str:
+    """A quality with as many digits as its unit deserves: 41.55 dB, but an IoU of 0.9871."""
+    return f"{value:.2f}" if name.endswith("_db") else f"{value:.4f}"
+
+
 def json_bytes(content: Any) -> bytes:
     """JSON that a person can read and two writers agree on."""
     return (json.dumps(content, indent=1, sort_keys=False, allow_nan=False) + "\n").encode()
