@@ -18,8 +18,10 @@ from nfscale.store.run_folder import Commit, RunFolder
 from nfscale.store.schema import FAILED_STATUSES, restored
 from nfscale.store.table import as_matrix
 
-TOLERANCE_DB = 0.05
-"""Largest difference between the quality recorded and the quality measured again."""
+
+def tolerance_of(quality_name: str) -> float:
+    """Largest difference between the quality recorded and the quality measured again, in the quality's unit."""
+    return 0.05 if quality_name.endswith("_db") else 0.001
 
 
 @dataclass
@@ -29,6 +31,8 @@ class Verification:
     files: int = 0
     rows: int = 0
     decoded: int = 0
+    tolerance: float = 0.0
+    """Allowed of the next."""
     largest_difference: float = 0.0
     """Of quality, recorded against measured again."""
     mismatches: list[str] = field(default_factory=list)
@@ -45,7 +49,7 @@ def verify(folder: RunFolder, progress: Callable[[int, int], None] = lambda done
         EncodeError: if the dataset is no longer the one that was encoded.
     """
     run = OpenRun(folder)
-    found = Verification()
+    found = Verification(tolerance=tolerance_of(run.plan.quality_name))
     seen: dict[str, str] = {}
     for commit in folder.commits():
         found.files += 1
@@ -112,7 +116,7 @@ def _measure(run: OpenRun, commit: Commit, found: Verification) -> None:
             found.decoded += 1
             difference = abs(measured - recorded)
             found.largest_difference = max(found.largest_difference, difference)
-            if not difference <= TOLERANCE_DB:
+            if not difference <= found.tolerance:
                 found.mismatches.append(
                     f"{commit.shard}: datum {datum_id!r} decodes to {measured:.2f}, {recorded:.2f} was recorded"
                 )

@@ -9,7 +9,6 @@ from rich.progress import Progress
 from nfscale.cli.common import JsonOption, RunArgument, write_json
 from nfscale.errors import ExitCode
 from nfscale.store import RunFolder
-from nfscale.verify import TOLERANCE_DB
 from nfscale.verify import verify as verify_run
 
 _MISMATCHES_SHOWN = 20
@@ -27,7 +26,7 @@ def verify(run: RunArgument, json_file: JsonOption = None) -> None:
     write_json(json_file, asdict(found) | {"ok": not found.mismatches})
     console.print(
         f"{found.files} files, {found.rows:,} rows, {found.decoded:,} decoded; quality differs by at most "
-        f"{found.largest_difference:.4f} (allowed: {TOLERANCE_DB})"
+        f"{found.largest_difference:.4f} (allowed: {found.tolerance:g})"
     )
     for mismatch in found.mismatches[:_MISMATCHES_SHOWN]:
         console.print(f"mismatch  {mismatch}", markup=False)

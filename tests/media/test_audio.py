@@ -255,10 +255,10 @@ def test_a_page_shows_and_plays_both(values):
     original = Sound(np.repeat(values[:, None], 2, axis=1), RATE)
     rebuilt = Sound(original.values * np.float32(0.99), RATE)
     panels = MEDIUM.panels(original, rebuilt)
-    assert [panel.mime for panel in panels] == ["image/png", "image/png", "audio/wav"] * 2
+    assert [panel.mime for panel in panels] == ["image/webp", "image/webp", "audio/wav"] * 2
     assert [panel.caption for panel in panels] == ["original"] * 3 + ["rebuilt"] * 3
     for panel in panels:
-        if panel.mime == "image/png":
+        if panel.mime == "image/webp":
             picture = np.asarray(PillowImage.open(io.BytesIO(panel.content)))
             assert picture.shape[2] == 4
             assert picture[0, 0, 3] == 0, "the ground is the page's"

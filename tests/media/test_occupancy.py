@@ -366,7 +366,7 @@ def test_a_voxel_grid_is_read(content):
         (b"", "."),
         (b"\x93NUMPY", "."),
         (npy(VOXELS)[:-7], "cut off: 113 bytes of values, the header claims 120"),
-        (npy(VOXELS).replace(b"(4, 5, 6)", b"(4, 5, 6000000)"[:9] + b""), r"\w+"),
+        (npy(VOXELS).replace(b"(4, 5, 6)", b"(4, 5, 6x"), "."),
         (npy(VOXELS[0]), r"got bool \[5, 6\]"),
         (npy(np.array([["a"]])), "got <U1"),
         (npz(a=VOXELS, b=VOXELS), "2 arrays; expected one"),
@@ -375,8 +375,6 @@ def test_a_voxel_grid_is_read(content):
     ],
 )
 def test_a_hostile_grid_is_refused(content, sentence):
-    if content == npy(VOXELS):
-        pytest.skip("nothing was replaced")
     with pytest.raises(ValueError, match=sentence):
         read(content, "a.npy")
 
