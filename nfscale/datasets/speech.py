@@ -1,7 +1,8 @@
 """558 spoken prompts of a telephone exchange, 8 kHz, one voice (Allison Smith for Digium; CC BY-SA 3.0).
 
 They are files of the Debian package asterisk-core-sounds-en-wav (18 MB); its ten files of silence are left out.
-Ids are the files' paths without the suffix, labels their folders.
+Ids are the files' paths without the suffix, labels their folders. They are in the order of their lengths, so that
+those of one length, which share batches, are neighbours.
 """
 
 import io
@@ -59,8 +60,9 @@ class Speech:
     def open(self) -> "SpeechDataset":
         archive = _PACKAGE.paths()[_ARCHIVE]
         folders = {"words": _WORDS, "all": None}.get(self.part, (self.part,))
-        wanted = [name for name in _members(archive) if folders is None or name.split("/")[0] in folders]
-        return SpeechDataset(archive, wanted)
+        members = _members(archive)
+        wanted = [name for name in members if folders is None or name.split("/")[0] in folders]
+        return SpeechDataset(archive, sorted(wanted, key=lambda name: (members[name][1], name)))
 
 
 class SpeechDataset(Dataset):

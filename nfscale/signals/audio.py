@@ -2,9 +2,10 @@
 
 Time is not stretched to the length of a sound: a second is `2 / span` in coordinates whatever the datum, so a tone
 has one frequency in the weights of all fields. Recordings of words have nearly as many lengths as there are
-recordings, and data share a batch by their counts of samples. So samples are dealt into one of two counts per
-octave: up to half of them stand twice, each time with half the weight, which changes no mean. Steps on minibatches
-cost no more for it; more counts would leave batches of words half empty.
+recordings, and data share a batch by their counts of samples. So samples are dealt into one of eight counts per
+octave: up to an eighth of them stand twice, each time with half the weight, which changes no mean. With two counts per
+octave words came to 6 dB less where half of the samples stood twice, since fewer different ones enter a step; with
+eight no difference was seen.
 """
 
 import math
@@ -245,8 +246,8 @@ def _times(count: int, rate: int, span: float) -> Tensor:
 
 
 def bucket(count: int) -> int:
-    """The least of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is not below."""
-    unit = 1 << max(0, (count - 1).bit_length() - 2)
+    """The least of 1, 2, ... 15, 16, 18, 20, ... 30, 32, 36, 40, ... that is not below."""
+    unit = 1 << max(0, (count - 1).bit_length() - 4)
     return -(-count // unit) * unit
 
 

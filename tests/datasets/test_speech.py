@@ -108,6 +108,12 @@ def test_a_part_keeps_the_ids_of_the_whole():
     assert list(opened(part="digits").ids) == [name for name in opened(part="all").ids if name.startswith("digits/")]
 
 
+def test_neighbours_are_of_one_length():
+    words = opened()
+    lengths = [words.read(position).content.seconds for position in range(182)]
+    assert lengths == sorted(lengths)
+
+
 def test_the_job_that_ships_is_valid():
     job = load_job(JOB)
     assert job.dataset.kind == job.name == "speech"
