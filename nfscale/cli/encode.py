@@ -148,6 +148,8 @@ def _print_summary(console: Console, figures: dict) -> None:
             f"quality   median {unit} {text('median')}, 5th percentile {text('p05')}, worst {text('min')}; "
             f"{figures['steps_mean']:.0f} steps on average"
         )
+    if "quality_heldout_median" in figures:
+        console.print(f"held back median {unit} {text('heldout_median')} on samples that no step saw")
     console.print(f"table     {figures['table']}  (nfscale.open_weights({figures['output']!r}))")
     console.print(f"report    {figures['report']}")
     if uri := figures["tracking_uri"]:

@@ -139,14 +139,14 @@ class _FilesBelow:
     """Of a folder that may hold links, pipes and whatever else a file system has."""
 
     def __init__(self, root: Path, pattern: str | None, suffixes: frozenset[str]) -> None:
-        self._root, self._pattern, self._suffixes = root, pattern, suffixes
+        self._root, self._pattern, self._suffixes = root, pattern, tuple(suffixes)
         self.title = root.name
 
     def names(self) -> list[str]:
         """Paths below the root as the file system has them."""
         found = self._root.glob(self._pattern or "**/*")
         if self._pattern is None:
-            found = (path for path in found if path.suffix.lower() in self._suffixes)
+            found = (path for path in found if path.name.lower().endswith(self._suffixes))
         return [path.relative_to(self._root).as_posix() for path in found if not os.path.isdir(path)]
 
     def has_file(self, name: str) -> bool:
@@ -164,7 +164,7 @@ class _ObjectsBelow:
     """Below a prefix of an object store."""
 
     def __init__(self, files: ObjectFiles, pattern: str | None, suffixes: frozenset[str]) -> None:
-        self._files, self._pattern, self._suffixes = files, pattern, suffixes
+        self._files, self._pattern, self._suffixes = files, pattern, tuple(suffixes)
         self.title = files.root.rpartition("/")[2]
 
     @cached_property
@@ -173,7 +173,7 @@ class _ObjectsBelow:
 
     def names(self) -> list[str]:
         if self._pattern is None:
-            return [name for name in self._entries if PurePosixPath(name).suffix.lower() in self._suffixes]
+            return [name for name in self._entries if name.lower().endswith(self._suffixes)]
         pattern = PurePosixPath(self._pattern).parts
         return [name for name in self._entries if matches(name.split("/"), pattern)]
 

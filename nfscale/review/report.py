@@ -56,7 +56,7 @@ def make_report(folder: RunFolder) -> dict[str, Any]:
         EncodeError: if the dataset is no longer the one that was encoded.
     """
     run, table = OpenRun(folder), WeightsTable(folder)
-    rows = table.to_arrow(["datum_id", "index", "label", "status", "reason", "quality", "steps"])
+    rows = table.to_arrow(["datum_id", "index", "label", "status", "reason", "quality", "quality_heldout", "steps"])
     _write_convergence(table)
     folder.files.replace("review/worst.csv", _worst_csv(rows))
     summary = _summary(run, table, rows)
@@ -100,6 +100,8 @@ def _summary(run: OpenRun, table: WeightsTable, rows: pa.Table) -> dict[str, Any
         p05, p50, p95 = np.percentile(quality, [5, 50, 95])
         summary |= {"quality_p05": float(p05), "quality_median": float(p50), "quality_p95": float(p95)}
         summary |= {"quality_min": float(quality.min()), "steps_mean": float(np.mean(rows["steps"].drop_null()))}
+    if len(heldout := rows["quality_heldout"].drop_null().to_numpy()):
+        summary["quality_heldout_median"] = float(np.median(heldout))
     return summary
 
 
