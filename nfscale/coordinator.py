@@ -7,8 +7,8 @@ Failures have classes. INFRA (a node lost, preempted or drained): the shard goes
 nothing is counted. CRASH (the process died on a live node) and TASK (an exception): counted, and after
 `attempts_before_bisection` the shard is cut in two, down to the one datum that does it, which is then
 quarantined: its lease writes a row that says so. STORAGE (a full disk, a lost permission, a store that
-does not answer): no datum's fault and no attempt's, the run ends with what is committed. The same TASK error on `fatal_shards` shards before
-anything has succeeded is nobody's datum: the run ends with that error.
+does not answer): no datum's fault and no attempt's, the run ends with what is committed. The same TASK error
+on `fatal_shards` shards before anything has succeeded is nobody's datum: the run ends with that error.
 """
 
 from collections import deque

@@ -42,6 +42,7 @@ _ASSUMED_FLOPS = {"cpu": 20e9, "cuda": 10e12}  # useful rate of one worker; only
 _SHARD_FIELDS = {"cpu": (4, 4096), "cuda": (64, 4096)}  # fewer would leave a batch half empty
 _MINIMUM_SHARDS = 8
 _REPORT_SECONDS = 0.5  # between two reports of progress: a message per field would cost more than it tells
+_MEASURED_TOGETHER = 16  # fields: their samples are held that long
 _PROBED_DATA = 100  # data tried until enough are readable to decide what the signal leaves open
 _DECIDING_DATA = 8  # readable ones that decide it: reading them is all that a plan costs
 
@@ -248,6 +249,7 @@ def calibrate_run(run: OpenRun) -> None:
         theta0=run.theta0,
         samples=run.job.fit.samples,
         sampling=run.job.fit.sampling,
+        step=run.job.fit.step,
     ).to("cpu")
     steps = [row * calibration.every for row in range(len(calibration.diagonal))]
     if not bool(torch.isfinite(calibration.diagonal).all()):
@@ -387,18 +389,28 @@ def _fitted(run: OpenRun, shard: Shard, attempt: str, rows: dict[str, Row], know
         sampling=job.fit.sampling,
         calibration=run.calibration,
         batch=job.fit.batch,
+        step=job.fit.step,
         clock=time.perf_counter,
     )
     together: list[Fitted] = []
+    unmeasured: list[Row] = []
     reported = time.perf_counter()
+
+    def measure() -> None:
+        _measure(run, [(row, *in_work.pop(row.datum_id)) for row in unmeasured])
+        unmeasured.clear()
+
     for fitted in fields:
         row = rows[fitted.id]
         _fill(row, fitted)
-        _measure(run, row, *in_work.pop(fitted.id))
         together.append(fitted)
+        unmeasured.append(row)
+        if len(unmeasured) == _MEASURED_TOGETHER:
+            measure()
         if time.perf_counter() - reported > _REPORT_SECONDS:
             yield together
             together, reported = [], time.perf_counter()
+    measure()
     if together:
         yield together
 
@@ -418,23 +430,37 @@ def _fill(row: Row, fitted: Fitted) -> None:
         )
 
 
-def _measure(run: OpenRun, row: Row, content: Any, samples: Samples) -> None:
-    """What is recorded of the weights as they will be stored: quality where storage rounds, and further measures."""
-    assert row.weights is not None, "it was fitted a moment ago"
-    rows = torch.from_numpy(row.weights[None])
-    if run.plan.dtype != "float32":
-        rounded = restored(stored(row.weights[None], run.plan.dtype, run.plan.theta0), run.plan.dtype, run.plan.theta0)
-        rows = torch.from_numpy(rounded)
-        pair, twice = rows.expand(2, -1), stack_samples([samples] * 2, torch.device("cpu"))  # see field_chunks
-        loss, quality = evaluate(run.field, run.signal, pair, twice)
-        row.loss, row.quality = float(loss[0]), float(quality[0])
-        if twice.heldout is not None:
-            row.quality_heldout = float(evaluate(run.field, run.signal, pair, twice.heldout)[1][0])
-    original = run.signal.original(content)
-    if run.medium.measurable(original):
-        shape = run.signal.shape_of(row.metrics)
-        values = predicted_at(run.field, run.signal, rows, run.signal.coordinates(shape))
-        row.metrics |= run.medium.measures(original, run.signal.reconstruct(values, shape)[0])
+def _measure(run: OpenRun, data: list[tuple[Row, Any, Samples]]) -> None:
+    """Record what readers of the stored weights will find: loss and quality, and further measures.
+
+    Readers decode by the plain step, and from weights that storage may have rounded.
+    """
+    by_kind: dict[Kind, list[tuple[Row, Samples]]] = {}
+    for row, content, samples in data:
+        assert row.weights is not None, "it was fitted a moment ago"
+        by_kind.setdefault(samples.kind, []).append((row, samples))
+        original = run.signal.original(content)
+        if run.medium.measurable(original):
+            shape = run.signal.shape_of(row.metrics)
+            values = predicted_at(run.field, run.signal, _as_stored(run, [row]), run.signal.coordinates(shape))
+            row.metrics |= run.medium.measures(original, run.signal.reconstruct(values, shape)[0])
+    for group in by_kind.values():
+        alike = group if len(group) > 1 else group * 2  # a lone field rounds differently, see field_chunks
+        weights = _as_stored(run, [row for row, _ in alike])
+        stacked = stack_samples([samples for _, samples in alike], torch.device("cpu"))
+        loss, quality = (measured.tolist() for measured in evaluate(run.field, run.signal, weights, stacked))
+        held_back: list[float | None] = [None] * len(alike)
+        if stacked.heldout is not None:
+            held_back = evaluate(run.field, run.signal, weights, stacked.heldout)[1].tolist()
+        for place, (row, _) in enumerate(group):
+            row.loss, row.quality, row.quality_heldout = loss[place], quality[place], held_back[place]
+
+
+def _as_stored(run: OpenRun, rows: list[Row]) -> Tensor:
+    """The weights that a reader will find: float32 [F, P]."""
+    weights = np.stack([row.weights for row in rows if row.weights is not None])
+    dtype, theta0 = run.plan.dtype, run.plan.theta0
+    return torch.from_numpy(restored(stored(weights, dtype, theta0), dtype, theta0))
 
 
 @contextlib.contextmanager

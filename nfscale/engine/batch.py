@@ -1,6 +1,6 @@
 """The slots of a batch: tensors whose axis 0 is the slot, and a record of the datum in each slot.
 
-Danger: the matrix library takes another path for a single matrix, so a batch never has fewer than
+Danger: torch's matrix library takes another path for a single matrix, so a batch never has fewer than
 `MINIMUM_SLOTS`; a lone field shares the batch with an idle slot, so that its result stays the same.
 """
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from nfscale.engine.calibrate import Calibration
+from nfscale.engine.dispatch import PLAIN, Step
 from nfscale.engine.sampling import Sampler
-from nfscale.engine.step import plain_gradient, plain_gradient_and_hvp, training_samples
+from nfscale.engine.step import plain_gradient_and_hvp, training_samples
 from nfscale.fields import Field
 from nfscale.layout import Params
 from nfscale.optim import Extra, Optimizer
@@ -60,9 +61,10 @@ class Batch:
         samples: Samples,
         seeds: Tensor,
         slots: list["Slot | None"],
+        step: Step = PLAIN,
     ) -> None:
         self.field, self.signal, self.optimizer, self.sampler = field, signal, optimizer, sampler
-        self.calibration = calibration
+        self.calibration, self.step = calibration, step
         self.rows, self.samples, self.seeds, self.slots = rows, samples, seeds, slots
         self.best_rows = rows.clone()
         self.steps = torch.zeros(len(slots), dtype=torch.int64, device=rows.device)
@@ -96,6 +98,23 @@ class Batch:
 
     def advance(self, count: int) -> None:
         """`count` steps of every slot; nothing here waits for the device."""
+        if self.step.advance is not None:
+            self.step.advance(
+                self.field,
+                self.optimizer,
+                self.calibration,
+                self.sampler,
+                self.rows,
+                self.state,
+                self.samples,
+                self.seeds,
+                self.steps,
+                self.rate,
+                count=count,
+                fields=self.occupied,
+            )
+            self.steps += count
+            return
         positions, diagonal, step_rms = None, None, None
         for index in range(count):
             place = index % _DRAWN_STEPS
@@ -110,7 +129,7 @@ class Batch:
                 _, grads, products = plain_gradient_and_hvp(self.field, self.signal, self.rows, part, probe)
                 hv = self._params(products)
             else:
-                _, grads = plain_gradient(self.field, self.signal, self.rows, part)
+                _, grads = self.step.gradient(self.field, self.signal, self.rows, part)
             if "diagonal" in self.optimizer.needs and index % self._cadence == 0:
                 diagonal, step_rms = self._shared_curvature()
             extra = Extra(self.steps, self.rate, hv, wanted, diagonal, step_rms)

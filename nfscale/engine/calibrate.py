@@ -13,9 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nfscale.engine.dispatch import StepName, chosen
 from nfscale.engine.result import Stop
 from nfscale.engine.sampling import Sampler, Sampling
-from nfscale.engine.step import evaluate, plain_gradient, plain_gradient_and_hvp, stack_samples, training_samples
+from nfscale.engine.step import evaluate, plain_gradient_and_hvp, stack_samples, training_samples
 from nfscale.fields import Field, theta0_of
 from nfscale.optim.base import Extra
 from nfscale.optim.esgd import ESGD, rms_of
@@ -37,8 +38,12 @@ class Calibration:
 
     def at(self, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Diagonal and typical step for fields at these steps: int64 [F] -> [F, P], [F]."""
-        row = (steps // self.every).clamp(max=len(self.diagonal) - 1)
+        row = self.row_at(steps)
         return self.diagonal[row], self.step_rms[row]
+
+    def row_at(self, steps: Tensor) -> Tensor:
+        """Which row holds after so many steps: int64, as `steps`."""
+        return (steps // self.every).clamp(max=len(self.diagonal) - 1)
 
     def to(self, device: torch.device | str) -> "Calibration":
         return Calibration(self.diagonal.to(device), self.step_rms.to(device), self.every)
@@ -55,6 +60,7 @@ def calibrate(
     theta0: Tensor | None = None,
     samples: int | Literal["full"] = "full",
     sampling: Sampling = "stratified",
+    step: StepName = "auto",
     device: torch.device | str | None = None,
 ) -> Calibration:
     """Fit a sample of data together and record what they share as it changes.
@@ -65,7 +71,7 @@ def calibrate(
         data: (id, samples) pairs of one sample count; 32 are enough for photographs. What they hold back is not
             looked at.
         theta0: float32 [P], the params that all fields start from; by default those of `fit` for this seed.
-        samples, sampling: as in `fit`.
+        samples, sampling, step: as in `fit`; Hessian-vector products are always taken by autograd.
 
     Raises:
         ValueError: if the data have different sample counts, or there are none.
@@ -77,6 +83,7 @@ def calibrate(
     if len({part.kind for _, part in data}) != 1:
         raise ValueError("a calibration takes data that agree in what they are checked on and in having masks")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    taken = chosen(step, device, field, signal, optimizer)
     data = data if len(data) > 1 else [data[0]] * 2  # a lone field rounds differently
     batch = stack_samples([part for _, part in data], device)
     seeds = as_tensor([datum_seed(seed, datum_id) for datum_id, _ in data], device)
@@ -103,14 +110,14 @@ def calibrate(
                 diagonals.append((square / weight).sqrt())
                 step_rms.append([])
             else:
-                _, grads = plain_gradient(field, signal, rows, part)
+                _, grads = taken.gradient(field, signal, rows, part)
             diagonal = {"rows": diagonals[-1].expand(len(seeds), -1)}
             direction = optimizer.direction({"rows": grads}, state, diagonal, steps)
             typical = rms_of(direction).median()
             step_rms[-1].append(typical)
             rows = rows + optimizer.scaled(direction, typical.expand(len(seeds)), Extra(steps, rate))["rows"]
             steps = steps + 1
-        _, quality = evaluate(field, signal, rows, batch)
+        _, quality = evaluate(field, signal, rows, batch, apply=taken.apply)
         if stop.target is not None and bool(quality.median() >= stop.target):
             break
     typical_steps = torch.stack([torch.stack(interval).mean() for interval in step_rms])

@@ -2,8 +2,8 @@
 
 The host looks at the device at checks only. What happens to a field between two checks depends on the
 field alone, so results do not change with the batch size or with what the neighbours do. On a CPU that is
-so bit for bit for widths that are multiples of 4; for others the matrix library picks its path by the
-alignment of a field's block, and results agree to rounding.
+so bit for bit: in native steps always, in plain steps for widths that are multiples of 4 (for others the
+matrix library picks its path by the alignment of a field's block, and results agree to rounding).
 """
 
 import math
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nfscale.engine.batch import MINIMUM_SLOTS, Batch, Slot
 from nfscale.engine.calibrate import Calibration
+from nfscale.engine.dispatch import Step, StepName, chosen
 from nfscale.engine.memory import batch_slots, estimated_field_bytes, is_out_of_memory, measured_field_bytes
 from nfscale.engine.result import Fitted, Result, Stop
 from nfscale.engine.sampling import Sampler, Sampling
@@ -40,6 +41,8 @@ class Check:
     finished: int
     steps: int
     """Field steps taken since the last check, summed over the active slots."""
+    step: str
+    """The name of the step that took them: plain, native."""
 
 
 def fit(
@@ -55,6 +58,7 @@ def fit(
     sampling: Sampling = "stratified",
     calibration: Calibration | None = None,
     batch: int | Literal["auto"] = "auto",
+    step: StepName = "auto",
     device: torch.device | str | None = None,
     clock: Callable[[], float] | None = None,
     observe: Callable[[Check], None] | None = None,
@@ -70,11 +74,14 @@ def fit(
         calibration: curvature shared by the fields, for optimisers that need it.
         batch: slots; "auto" chooses by the memory that a field takes in two steps on trial. Halved where
             that turns out to be too many.
+        step: "plain" (autograd) or "native" (C++, on a CPU); "auto" takes the fastest that serves, see
+            `nfscale.engine.dispatch`. They agree to rounding.
         clock: seconds, for `wall_seconds`; without one they stay 0.
         observe: called after each check.
 
     Raises:
-        ValueError: if the optimiser needs a calibration and none is given, or a number is out of its range.
+        ValueError: if the optimiser needs a calibration and none is given, the step cannot serve what it is given,
+            or a number is out of its range.
     """
     _refuse_bad(optimizer, stop, samples, batch)
     if "diagonal" in optimizer.needs and calibration is None:
@@ -91,6 +98,7 @@ def fit(
         sampling=sampling,
         calibration=calibration.to(device) if calibration is not None else None,
         batch=batch,
+        step=chosen(step, device, field, signal, optimizer),
         device=device,
         clock=clock or (lambda: 0.0),
         observe=observe or (lambda check: None),
@@ -173,6 +181,7 @@ class _Loop:
     sampling: Sampling
     calibration: Calibration | None
     batch: int | Literal["auto"]
+    step: Step
     device: torch.device
     clock: Callable[[], float]
     observe: Callable[[Check], None]
@@ -219,7 +228,7 @@ class _Loop:
                 elif verdict is not None:
                     leaving.append((index, verdict))
             yield from self._leave(batch, leaving)
-            self.observe(Check(len(active), len(leaving), len(active) * self.stop.cadence))
+            self.observe(Check(len(active), len(leaving), len(active) * self.stop.cadence, self.step.name))
             fresh += self._refill(batch, queue, kind, capacity)
             self._look(batch, fresh)
             self._compact(batch)
@@ -259,6 +268,7 @@ class _Loop:
             samples=stack_samples([part for _, part in data], self.device),
             seeds=as_tensor([datum_seed(self.seed, datum_id) for datum_id, _ in data], self.device),
             slots=slots,
+            step=self.step,
         )
 
     def _capacity(self, datum: tuple[str, Samples], sampler: Sampler) -> int:
@@ -277,7 +287,8 @@ class _Loop:
         """Measure these slots over all their samples, note it, and keep the params that are best so far."""
         if not indices:
             return {}
-        measured = evaluate(self.field, self.signal, batch.rows, batch.samples, _padded(indices, len(batch.slots)))
+        which = _padded(indices, len(batch.slots))
+        measured = evaluate(self.field, self.signal, batch.rows, batch.samples, which, self.step.apply)
         loss, quality = (t.tolist() for t in measured)
         better = []
         for index, slot_loss, slot_quality in zip(indices, loss, quality, strict=False):
@@ -339,7 +350,8 @@ class _Loop:
         if heldout is None:
             return [None] * len(indices)
         which = _padded(indices, len(batch.slots))
-        return evaluate(self.field, self.signal, batch.best_rows, heldout, which)[1].tolist()[: len(indices)]
+        measured = evaluate(self.field, self.signal, batch.best_rows, heldout, which, self.step.apply)
+        return measured[1].tolist()[: len(indices)]
 
     def _refill(self, batch: Batch, queue: _Queue, kind: Kind, lookahead: int) -> list[int]:
         """Put waiting data into the empty slots; which slots these were."""

@@ -44,15 +44,15 @@ class Sampler:
         return ((drawn * self.available) >> 32).view(len(seeds), count, self.per_step)
 
     @cached_property
-    def _runs(self) -> tuple[Tensor, Tensor]:
+    def runs(self) -> tuple[Tensor, Tensor]:
         """Start and length of each run: int64 [per_step], [per_step]."""
         edges = torch.arange(self.per_step + 1) * self.available // self.per_step
         return edges[:-1], edges[1:] - edges[:-1]
 
     @cached_property
-    def _units(self) -> tuple[Tensor, Tensor]:
+    def units(self) -> tuple[Tensor, Tensor]:
         """For each run: a row of multipliers coprime with its length (padded), and how many there are."""
-        lengths = self._runs[1].tolist()
+        lengths = self.runs[1].tolist()
         of_length = {n: [a for a in range(1, n + 1) if gcd(a, n) == 1] for n in set(lengths)}
         longest = max(len(units) for units in of_length.values())
         table = torch.tensor([of_length[n] + [0] * (longest - len(of_length[n])) for n in lengths])
@@ -60,13 +60,13 @@ class Sampler:
 
     def _stratified(self, seeds: Tensor, first_step: Tensor, count: int) -> Tensor:
         device = seeds.device
-        starts, lengths = (t.to(device) for t in self._runs)
-        units, unit_counts = (t.to(device) for t in self._units)
+        starts, lengths = (t.to(device) for t in self.runs)
+        units, unit_counts = (t.to(device) for t in self.units)
         runs = torch.arange(self.per_step, device=device)
         steps = first_step[:, None, None] + torch.arange(count, device=device)[None, :, None]
         passes, places = steps // lengths, steps % lengths  # [F, count, per_step]
         first_pass = first_step[:, None] // lengths  # [F, per_step]
-        spanned = (count - 1) // int(self._runs[1].min()) + 2  # passes that `count` steps can touch
+        spanned = (count - 1) // int(self.runs[1].min()) + 2  # passes that `count` steps can touch
         pass_numbers = first_pass[:, :, None] + torch.arange(spanned, device=device)
         w0, w1, _, _ = philox(seeds[:, None, None], (runs[None, :, None], pass_numbers, int(Stream.SAMPLING), 0))
         offsets = (w0 * lengths[:, None]) >> 32

@@ -3,7 +3,7 @@
 `plain_gradient` (autograd) is the oracle: a faster step is a twin with its signature.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -15,6 +15,7 @@ from nfscale.layout import Params
 from nfscale.optim.curvature import gradient, gradient_and_hvp
 from nfscale.rng import Stream, uniform
 from nfscale.signals import Samples, Signal
+from nfscale.signals.base import Apply
 
 _FEWEST_FIELDS = 2  # that are evaluated together, see `field_chunks`
 _EVALUATION_BYTES = 2 << 20  # of one layer: activations stay in cache, which is 2.5 times faster than 16 MiB at a time
@@ -44,14 +45,25 @@ def _loss_of(field: Field, signal: Signal, samples: Samples):
     return loss_of
 
 
+def plain_apply(field: Field, rows: Tensor) -> Apply:
+    """The fields with these rows of weights [F, P] as a function of coordinates: [F|1, N, D] -> [F, N, C]."""
+    return partial(field.apply, field.layout.unravel(rows))
+
+
 @torch.no_grad()
 def evaluate(
-    field: Field, signal: Signal, rows: Tensor, samples: Samples, indices: list[int] | None = None
+    field: Field,
+    signal: Signal,
+    rows: Tensor,
+    samples: Samples,
+    indices: list[int] | None = None,
+    apply: Callable[[Field, Tensor], Apply] = plain_apply,
 ) -> tuple[Tensor, Tensor]:
     """Loss [F] and quality [F] over all samples that each field is measured on, a few fields at a time.
 
     Args:
         indices: the fields to measure; all, in their order, where it is None.
+        apply: `plain_apply` or a twin.
     """
     samples = samples.measured
     count = len(rows) if indices is None else len(indices)
@@ -60,15 +72,14 @@ def evaluate(
     for start, stop in field_chunks(field, count, available * signal.points_per_sample):
         chosen = slice(start, stop) if indices is None else indices[start:stop]
         part = samples.map(lambda tensor, chosen=chosen: tensor[chosen])
-        predicted = _predicted(field, signal, rows[chosen], part)
+        predicted = _predicted(field, signal, apply(field, rows[chosen]), part)
         losses.append(signal.loss(predicted, part))
         qualities.append(signal.quality(predicted, part))
     return torch.cat(losses), torch.cat(qualities)
 
 
-def _predicted(field: Field, signal: Signal, rows: Tensor, samples: Samples) -> Tensor:
+def _predicted(field: Field, signal: Signal, apply: Apply, samples: Samples) -> Tensor:
     """Predictions for all samples, a few samples at a time: they are small beside the activations behind them."""
-    apply = partial(field.apply, field.layout.unravel(rows))
     chunks = sample_chunks(field, samples.values.shape[1], signal.points_per_sample)
     if len(chunks) == 1:
         return signal.predict(apply, samples)
@@ -86,7 +97,7 @@ def predicted_at(field: Field, signal: Signal, rows: Tensor, coordinates: Tensor
     pair = rows.expand(_FEWEST_FIELDS, -1) if count == 1 else rows  # a lone field rounds differently
     at = Samples(coordinates[None], coordinates.new_empty((1, len(coordinates), signal.channels)))
     parts = [
-        _predicted(field, signal, pair[start:stop], at)
+        _predicted(field, signal, plain_apply(field, pair[start:stop]), at)
         for start, stop in field_chunks(field, len(pair), len(coordinates) * signal.points_per_sample)
     ]
     return torch.cat(parts)[:count]

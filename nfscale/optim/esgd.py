@@ -99,19 +99,30 @@ class ESGD:
 
     def direction(self, grads: Params, state: State, diagonal: Params, step: Tensor) -> Params:
         """The preconditioned momentum m / (D + damping), corrected for a momentum that began at zero."""
-        floor = self.damping * _mean_of(diagonal)
-        correction = (1 - self.beta1 ** (step.to(torch.float64) + 1)).to(torch.float32)  # see Schedule.factor
+        damped, correction = self.damped(diagonal), self.correction(step)
         direction = {}
         for name, gradient in grads.items():
             momentum = state["momentum"][name]
             momentum.mul_(self.beta1).add_(gradient * (1 - self.beta1))
-            denominator = (diagonal[name] + per_field(floor, momentum)).mul_(per_field(correction, momentum))
-            direction[name] = momentum / denominator
+            direction[name] = momentum / damped[name].mul_(per_field(correction, momentum))
         return direction
+
+    def damped(self, diagonal: Params) -> Params:
+        """D + damping, what the momentum is divided by."""
+        floor = self.damping * _mean_of(diagonal)
+        return map_params(lambda d: d + per_field(floor, d), diagonal)
+
+    def correction(self, step: Tensor) -> Tensor:
+        """Of a momentum that began at zero, at the update after `step` updates: float32, as `step`."""
+        return (1 - self.beta1 ** (step.to(torch.float64) + 1)).to(torch.float32)  # see Schedule.factor
+
+    def step_size(self, step: Tensor, rate: Tensor) -> Tensor:
+        """Of the update after `step` updates, where nothing bounds it: float32, as `step`."""
+        return (self.learning_rate * self.schedule.factor(step) * rate).to(torch.float32)
 
     def scaled(self, direction: Params, typical_rms: Tensor | None, extra: Extra) -> Params:
         """Updates along the direction: the learning rate, and no longer than `clip` typical steps (RMS [F])."""
-        step_size = (self.learning_rate * self.schedule.factor(extra.step) * extra.rate).to(torch.float32)
+        step_size = self.step_size(extra.step, extra.rate)
         if self.clip is not None and typical_rms is not None:
             step_size = step_size * (self.clip * typical_rms / rms_of(direction)).clamp(max=1)
         return map_params(lambda d: d.mul_(per_field(-step_size, d)), direction)

@@ -19,7 +19,7 @@ from tests.processes import killed_after
 
 LONGER = {
     "dataset": {"kind": "digits", "limit": 300},
-    "fit": {"max_steps": 400, "samples": "full", "check_every": 20, "target": None},
+    "fit": {"max_steps": 400, "samples": "full", "check_every": 20, "target": None, "step": "plain"},  # for kills
     "store": {"shard_fields": 20},
 }
 

@@ -7,9 +7,11 @@ or another alignment differently shows itself.
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
 from nfscale.engine import Calibration, Fitted, Stop, calibrate, fit
+from nfscale.engine.native import unavailable
 from nfscale.fields import MLP
 from nfscale.optim import ESGD, Adam, Schedule
 from nfscale.signals import Image, Samples
@@ -22,6 +24,10 @@ SCHEDULE = Schedule("cosine", total_steps=40, warmup=5)
 ADAM = Adam(0.01, SCHEDULE)
 ESGD_SHARED = ESGD(0.5, SCHEDULE)
 ESGD_OWN = ESGD(0.05, SCHEDULE, curvature="per_field")
+
+NEEDS_COMPILER = pytest.mark.skipif(unavailable() is not None, reason=f"no native step: {unavailable()}")
+STEPS = ["plain", pytest.param("native", marks=NEEDS_COMPILER)]
+"""To try a promise on every step."""
 
 
 def smooth_image(number: int, height: int = 9, width: int = 7) -> np.ndarray:

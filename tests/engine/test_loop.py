@@ -17,9 +17,11 @@ from tests.engine.fits import (
     ESGD_OWN,
     ESGD_SHARED,
     FIELD,
+    NEEDS_COMPILER,
     SCHEDULE,
     SEED,
     SIGNAL,
+    STEPS,
     STOP,
     assert_as_alone,
     assert_same_bits,
@@ -28,54 +30,65 @@ from tests.engine.fits import (
 )
 
 
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("samples", ["full", 16])
 @pytest.mark.parametrize("optimizer", [ADAM, ESGD_SHARED, ESGD_OWN], ids=["adam", "esgd-shared", "esgd-per_field"])
-def test_a_field_alone_has_the_bits_it_has_among_five(optimizer, samples):
-    together = fitted(DATA, optimizer, samples)
+def test_a_field_alone_has_the_bits_it_has_among_five(optimizer, samples, step):
+    together = fitted(DATA, optimizer, samples, step=step)
     for result in together.values():
         assert result.result is Result.MAX_STEPS
         assert result.quality > result.history_quality[0] + 3  # it learned something, so that equality says something
         assert result.history_step == [0, 20, 40]
-    assert_as_alone(together, DATA, optimizer=optimizer, samples=samples)
+    assert_as_alone(together, DATA, optimizer=optimizer, samples=samples, step=step)
 
 
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("samples", ["full", 16])
 @pytest.mark.parametrize("optimizer", [ADAM, ESGD_SHARED], ids=["adam", "esgd-shared"])
 @pytest.mark.parametrize("batch", [1, 2, 3, 7])
-def test_the_batch_size_changes_no_bit(optimizer, samples, batch):
+def test_the_batch_size_changes_no_bit(optimizer, samples, batch, step):
     data = data_of(8)
-    automatic = fitted(data, optimizer, samples, batch="auto")
-    other = fitted(data, optimizer, samples, batch=batch)
+    automatic = fitted(data, optimizer, samples, batch="auto", step=step)
+    other = fitted(data, optimizer, samples, batch=batch, step=step)
     assert set(other) == set(automatic)
     for datum_id, result in automatic.items():
         assert_same_bits(other[datum_id], result)
 
 
-def fits_together_and_alone(width: int, depth: int, channels: int, samples: int | str):
+def fits_together_and_alone(width: int, depth: int, channels: int, samples: int | str, step: str):
     """Six data in one batch, and each in a batch of its own: results by id."""
     field, signal = MLP(2, channels, width=width, depth=depth, omega_0=10.0, omega_hidden=10.0), Image(channels)
     draw = np.random.default_rng(0)
     data = [(str(n), signal.samples(draw.random((9, 7, channels)))) for n in range(6)]
 
     def run(part):
-        options = {"optimizer": Adam(3e-3, SCHEDULE), "stop": STOP, "seed": 0, "samples": samples, "device": "cpu"}
-        return {result.id: result for result in fit(field, signal, part, **options)}
+        options = {"optimizer": Adam(3e-3, SCHEDULE), "stop": STOP, "seed": 0, "samples": samples, "step": step}
+        return {result.id: result for result in fit(field, signal, part, **options, device="cpu")}
 
     return run(data), {datum_id: run([(datum_id, part)])[datum_id] for datum_id, part in data}
 
 
 @pytest.mark.parametrize("samples", ["full", 11])
 @pytest.mark.parametrize(("width", "depth", "channels"), [(16, 3, 3), (8, 1, 1), (20, 2, 2), (64, 2, 1)])
-def test_no_bit_depends_on_the_batch_for_other_layouts(width, depth, channels, samples):
-    together, alone = fits_together_and_alone(width, depth, channels, samples)
+@pytest.mark.parametrize("step", STEPS)
+def test_no_bit_depends_on_the_batch_for_other_layouts(width, depth, channels, samples, step):
+    together, alone = fits_together_and_alone(width, depth, channels, samples, step)
+    for datum_id, result in together.items():
+        assert_same_bits(alone[datum_id], result)
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("width", [1, 13, 18, 33])
+def test_no_bit_depends_on_the_batch_for_any_width_in_native_steps(width):
+    together, alone = fits_together_and_alone(width, 2, 1, 11, "native")
     for datum_id, result in together.items():
         assert_same_bits(alone[datum_id], result)
 
 
 @pytest.mark.parametrize("width", [13, 18, 33])
-def test_other_widths_depend_on_the_batch_by_rounding_alone(width):
+def test_other_widths_depend_on_the_batch_by_rounding_alone_in_plain_steps(width):
     """The matrix library picks its path by the alignment of a field's block, so no bits are promised here."""
-    together, alone = fits_together_and_alone(width, 2, 1, "full")
+    together, alone = fits_together_and_alone(width, 2, 1, "full", "plain")
     for datum_id, result in together.items():
         assert torch.allclose(alone[datum_id].weights, result.weights, rtol=0, atol=1e-5)
         assert alone[datum_id].steps == result.steps
@@ -133,12 +146,13 @@ def test_a_tensor_as_init_is_the_shared_start():
     assert torch.equal(start, before)
 
 
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("optimizer", [ADAM, ESGD_SHARED, ESGD_OWN], ids=["adam", "esgd-shared", "esgd-per_field"])
-def test_refilled_slots_begin_at_their_own_first_step(optimizer):
+def test_refilled_slots_begin_at_their_own_first_step(optimizer, step):
     """Eleven data through two slots that empty at different checks: schedules and curvature follow each field."""
     data = data_of(11)
     stop = Stop(max_steps=60, target=26.0, check_every=10)
-    how = {"optimizer": optimizer, "samples": 16, "stop": stop}
+    how = {"optimizer": optimizer, "samples": 16, "stop": stop, "step": step}
     together = fitted(data, **how, batch=2)
     assert len({result.steps for result in together.values()}) > 1, "all left together: the refill shows nothing"
     for result in together.values():
@@ -195,9 +209,9 @@ def test_wall_seconds_are_the_clocks_divided_among_the_fields():
 
 def test_the_observer_hears_of_every_check():
     heard = []
-    fitted(DATA, batch=2, observe=heard.append)
+    fitted(DATA, batch=2, step="plain", observe=heard.append)
     active_and_finished = [(2, 0), (2, 2), (2, 0), (2, 2), (1, 0), (1, 1)]
-    assert heard == [Check(active, finished, 20 * active) for active, finished in active_and_finished]
+    assert heard == [Check(active, finished, 20 * active, "plain") for active, finished in active_and_finished]
 
 
 def test_optimisers_by_name_see_what_optimisers_by_row_see():

@@ -62,10 +62,10 @@ def test_loss_and_quality_are_those_of_the_check():
     results = fitted(data, samples=16, batch=2)
     for (datum_id, samples), other in zip(data, others, strict=True):
         result = results[datum_id]
-        assert (result.loss, result.quality) == measured(result.weights, other)
+        assert (result.loss, result.quality) == pytest.approx(measured(result.weights, other), rel=1e-5)
         assert result.quality == max(result.history_quality)
-        assert result.history_quality[0] == measured(THETA0, other)[1]
-        assert result.quality != measured(result.weights, replace(samples, check=None))[1]
+        assert result.history_quality[0] == pytest.approx(measured(THETA0, other)[1], rel=1e-5)
+        assert result.quality != pytest.approx(measured(result.weights, replace(samples, check=None))[1], rel=1e-3)
         assert result.quality_heldout is None
 
 
@@ -113,7 +113,7 @@ def test_the_quality_of_what_is_held_back_is_that_of_the_best_params():
         results = fitted(data, batch=3, stop=replace(STOP, max_restarts=0))
         for result in results.values():
             assert torch.equal(result.weights, THETA0) == (check is not None)
-            assert result.quality_heldout == measured(result.weights, heldout)[1]
+            assert result.quality_heldout == pytest.approx(measured(result.weights, heldout)[1], rel=1e-5)
     assert_as_alone(results, data, stop=replace(STOP, max_restarts=0))
 
 
@@ -216,8 +216,9 @@ def test_a_pointwise_signal_is_the_prediction_at_the_coordinates():
             assert samples.jitter is None
             return apply(samples.coordinates)
 
-    for datum_id, result in fitted(DATA, samples=16).items():
-        assert_same_bits(result, fitted(DATA, samples=16, signal=Spelled(1))[datum_id])
+    spelled = fitted(DATA, samples=16, signal=Spelled(1))
+    for datum_id, result in fitted(DATA, samples=16, step="plain").items():
+        assert_same_bits(result, spelled[datum_id])
 
 
 # Jitter

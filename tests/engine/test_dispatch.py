@@ -1,0 +1,211 @@
+"""Which step is taken, what is refused, and what happens where nothing can be compiled."""
+
+import os
+import signal as signals
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from nfscale.engine import build, native
+from nfscale.engine.dispatch import PLAIN, chosen
+from nfscale.optim import Adam
+from nfscale.signals import Image
+from tests.engine.fits import (
+    ADAM,
+    DATA,
+    ESGD_OWN,
+    ESGD_SHARED,
+    FIELD,
+    NEEDS_COMPILER,
+    RAYS,
+    SCHEDULE,
+    SIGNAL,
+    fitted,
+    ray_data,
+)
+
+CPU = torch.device("cpu")
+
+
+class Louder(Image):
+    """Says nothing of its loss, which is not the mean squared error."""
+
+    def loss(self, predicted, samples):
+        return 2 * super().loss(predicted, samples)
+
+
+class Renamed(Image):
+    quality_name = "decibels"
+
+
+class Eager(Adam):
+    def update(self, grads, state, params, extra):
+        return super().update(grads, state, params, extra)
+
+
+@NEEDS_COMPILER
+def test_auto_takes_the_native_step_where_it_serves():
+    for optimizer, at_once in ((ADAM, True), (ESGD_SHARED, True), (ESGD_OWN, False), (Eager(1e-3, SCHEDULE), False)):
+        step = chosen("auto", CPU, FIELD, SIGNAL, optimizer)
+        assert step.name == "native"
+        assert (step.advance is not None) == at_once
+        assert chosen("plain", CPU, FIELD, SIGNAL, optimizer) is PLAIN
+    assert chosen("auto", CPU, FIELD, Renamed(1), ADAM).name == "native"
+
+
+@pytest.mark.parametrize(
+    ("device", "signal", "why"),
+    [
+        ("cpu", Louder(1), "Louder is not"),
+        ("cpu", RAYS, "Rays is not"),
+        ("meta", SIGNAL, "on a CPU, not on meta"),
+    ],
+)
+def test_what_the_native_step_does_not_know_is_plain_and_refused_where_it_is_asked_for(device, signal, why):
+    assert chosen("auto", torch.device(device), FIELD, signal, ADAM) is PLAIN
+    with pytest.raises(ValueError, match=f"step='native' cannot be taken: .*{why}.*; use step='auto' or 'plain'"):
+        chosen("native", torch.device(device), FIELD, signal, ADAM)
+
+
+def test_an_unknown_step_is_refused_before_anything_is_read():
+    def data():
+        raise AssertionError("the data were read")
+        yield
+
+    with pytest.raises(ValueError, match="unknown step 'quick'; known steps: auto, plain, native"):
+        fitted(data(), step="quick")
+
+
+@NEEDS_COMPILER
+def test_a_check_says_which_step_was_taken():
+    heard = {}
+    for step in ("auto", "plain", "native"):
+        fitted(DATA, step=step, observe=lambda check, step=step: heard.setdefault(step, set()).add(check.step))
+    assert heard == {"auto": {"native"}, "plain": {"plain"}, "native": {"native"}}
+    fitted(ray_data(2), signal=RAYS, observe=lambda check: heard.setdefault("rays", set()).add(check.step))
+    assert heard["rays"] == {"plain"}
+
+
+# Without a library
+
+
+@pytest.fixture
+def forgetful():
+    """The library is looked for anew, in this test and after it."""
+    native._loaded.cache_clear()
+    native.warn_once.cache_clear()
+    yield
+    native._loaded.cache_clear()
+    native.warn_once.cache_clear()
+
+
+def fitted_without_a_library(why: str) -> None:
+    with pytest.warns(UserWarning, match=f"the native step is not available.*{why}") as heard:
+        results = fitted(DATA[:2], samples=16)
+    assert len(heard) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fitted(DATA[2:], samples=16)  # once in a process is enough
+    for datum_id, result in fitted(DATA[:2], samples=16, step="plain").items():
+        assert torch.equal(result.weights, results[datum_id].weights)
+    with pytest.raises(ValueError, match=f"step='native' cannot be taken: .*{why}"):
+        fitted(DATA, step="native")
+
+
+def test_without_a_compiler_the_plain_step_runs_and_says_so_once(forgetful, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "absent-c++"))
+    fitted_without_a_library("there is no C.. compiler .*absent-c")
+
+
+def test_with_a_compiler_that_fails_the_plain_step_runs(forgetful, monkeypatch, tmp_path):
+    failing = tmp_path / "c++"
+    failing.write_text("#!/bin/sh\ncase $1 in --version) echo g++;; *) exit 1;; esac\n")
+    failing.chmod(0o755)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", str(failing))
+    fitted_without_a_library("it did not compile")
+
+
+def test_an_old_processor_has_the_plain_step(forgetful, monkeypatch):
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    fitted_without_a_library("AVX2")
+
+
+def test_a_cache_that_cannot_be_written_is_a_reason(forgetful, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    fitted_without_a_library("cannot be written")
+
+
+# Building
+
+BUILD = """
+from pathlib import Path
+from nfscale.engine.build import compiled
+from nfscale.engine.native import _SOURCE
+print(compiled(_SOURCE))
+"""
+
+
+def build_in(folder: Path, monkeypatch, compiler: str | None = None) -> subprocess.Popen:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+    if compiler is None:
+        monkeypatch.delenv("CXX", raising=False)
+    else:
+        monkeypatch.setenv("CXX", compiler)
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILD],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+        start_new_session=True,
+    )
+
+
+@NEEDS_COMPILER
+def test_processes_that_start_together_build_once(tmp_path, monkeypatch):
+    calls = tmp_path / "calls"
+    counting = tmp_path / "c++"
+    counting.write_text(f'#!/bin/sh\ncase "$*" in *" -c "*) echo . >> {calls};; esac\nexec c++ "$@"\n')
+    counting.chmod(0o755)
+    together = [build_in(tmp_path / "cache", monkeypatch, str(counting)) for _ in range(3)]
+    said = [process.communicate(timeout=200) for process in together]
+    assert all(process.returncode == 0 for process in together), said
+    (library,) = {out.strip() for out, _ in said}
+    assert Path(library).exists()
+    assert calls.read_text().count(".") == 1
+
+
+@NEEDS_COMPILER
+def test_a_build_that_is_killed_keeps_nobody_waiting(tmp_path, monkeypatch):
+    """The compiler hangs on when the process that waits for it has died; the next process builds nevertheless."""
+    begun = tmp_path / "begun"
+    hanging = tmp_path / "c++"
+    hanging.write_text(f'#!/bin/sh\ncase "$*" in *" -c "*) touch {begun}; exec sleep 100;; esac\nexec c++ "$@"\n')
+    hanging.chmod(0o755)
+    doomed = build_in(tmp_path / "cache", monkeypatch, str(hanging))
+    waited = time.monotonic()
+    while not begun.exists():
+        assert time.monotonic() - waited < 100
+        assert doomed.poll() is None, doomed.communicate()
+        time.sleep(0.05)
+    doomed.kill()
+    hanging.unlink()  # the shell that runs it reads on in the old file
+    hanging.write_text('#!/bin/sh\nexec c++ "$@"\n')
+    hanging.chmod(0o755)
+    try:
+        done = build_in(tmp_path / "cache", monkeypatch, str(hanging))
+        out, error = done.communicate(timeout=100)
+    finally:
+        os.killpg(doomed.pid, signals.SIGKILL)
+        doomed.communicate()
+    assert done.returncode == 0, error
+    assert Path(out.strip()).exists()
