@@ -25,6 +25,7 @@ from torch import Tensor
 from nfscale.datasets import Dataset, Datum, seeded_sample
 from nfscale.datasets.base import ids_digest
 from nfscale.engine import Calibration, Fitted, calibrate, fit
+from nfscale.engine.dispatch import PLAIN, chosen
 from nfscale.engine.step import evaluate, predicted_at, stack_samples
 from nfscale.errors import CallerError, EncodeError, OutputError
 from nfscale.fields import Field, theta0_of
@@ -198,6 +199,13 @@ class OpenRun:
         self.optimizer: Optimizer = self.job.build_optimizer(self.plan.samples_per_step)
         if self.field.layout != self.plan.layout:
             raise EncodeError("the field of this nfscale has another layout than the run's; use the run's version")
+
+    @cached_property
+    def is_measured_as_read(self) -> bool:
+        """Whether what a fit measures is what readers find: its step is the plain one, and storage rounds nothing."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # what `fit` takes
+        step = chosen(self.job.fit.step, device, self.field, self.signal, self.optimizer)
+        return step is PLAIN and self.plan.dtype == "float32"
 
     @property
     def medium(self) -> Medium:
@@ -444,6 +452,8 @@ def _measure(run: OpenRun, data: list[tuple[Row, Any, Samples]]) -> None:
             shape = run.signal.shape_of(row.metrics)
             values = predicted_at(run.field, run.signal, _as_stored(run, [row]), run.signal.coordinates(shape))
             row.metrics |= run.medium.measures(original, run.signal.reconstruct(values, shape)[0])
+    if run.is_measured_as_read:
+        return
     for group in by_kind.values():
         alike = group if len(group) > 1 else group * 2  # a lone field rounds differently, see field_chunks
         weights = _as_stored(run, [row for row, _ in alike])

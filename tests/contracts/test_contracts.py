@@ -135,6 +135,11 @@ def signal(request):
     return SIGNALS[request.param](channels=channels), DATA[request.param]
 
 
+def far_of(signal) -> float:
+    """A prediction so far off is worse. IoU sees signs alone, and the values it is compared with are 0 and 1."""
+    return 3.0 if signal.quality_name == "iou" else 0.3
+
+
 def array_of(content) -> np.ndarray:
     """The array of a content, which may be the content itself, its `values` or its `poses`."""
     if isinstance(content, Scene):
@@ -283,7 +288,7 @@ def test_loss_and_quality_are_one_number_per_field_of_its_own(signal):
             own = samples.map(lambda tensor, index=index: tensor[index : index + 1])
             torch.testing.assert_close(measure(predicted[index : index + 1], own)[0], together[index])
         changed = predicted.clone()
-        changed[1] += 3  # more than a sign takes
+        changed[1] += far_of(signal)
         assert torch.equal(measure(changed, samples)[[0, 2]], together[[0, 2]])
         assert measure(changed, samples)[1] != together[1]
 
@@ -292,7 +297,7 @@ def test_a_better_prediction_has_less_loss_and_higher_quality(signal):
     signal, data = signal
     samples = batch_of(signal, data)
     noise = torch.randn(samples.values.shape, generator=torch.Generator().manual_seed(0))
-    near, far = samples.values + 0.01 * noise, samples.values + 3 * noise
+    near, far = samples.values + 0.01 * noise, samples.values + far_of(signal) * noise
     assert (signal.loss(near, samples) < signal.loss(far, samples)).all()
     assert (signal.quality(near, samples) > signal.quality(far, samples)).all()
 
