@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from nfscale.engine import Calibration, Fitted, Result, Stop, calibrate, fit
     from nfscale.fields import FIELDS, MLP
     from nfscale.optim import ESGD, OPTIMIZERS, Adam, Schedule
-    from nfscale.signals import SIGNALS, Image, Samples
+    from nfscale.signals import SIGNALS, Audio, Image, Occupancy, Radiance, Samples, Sphere
     from nfscale.store.table import WeightsTable, open_weights
 
 __version__ = "0.1.0"
@@ -23,12 +23,16 @@ __all__ = [
     "OPTIMIZERS",
     "SIGNALS",
     "Adam",
+    "Audio",
     "Calibration",
     "Fitted",
     "Image",
+    "Occupancy",
+    "Radiance",
     "Result",
     "Samples",
     "Schedule",
+    "Sphere",
     "Stop",
     "WeightsTable",
     "calibrate",
@@ -40,7 +44,7 @@ _HOMES = {
     "nfscale.engine": ("Calibration", "Fitted", "Result", "Stop", "calibrate", "fit"),
     "nfscale.fields": ("FIELDS", "MLP"),
     "nfscale.optim": ("ESGD", "OPTIMIZERS", "Adam", "Schedule"),
-    "nfscale.signals": ("SIGNALS", "Image", "Samples"),
+    "nfscale.signals": ("SIGNALS", "Audio", "Image", "Occupancy", "Radiance", "Samples", "Sphere"),
     "nfscale.store.table": ("WeightsTable", "open_weights"),
 }
 

@@ -92,8 +92,9 @@ class FitSection(_Section):
     plateau_gain: float = 0.1
     max_restarts: NonNegativeInt = 3
     batch: PositiveInt | Literal["auto"] = "auto"
-    step: Literal["auto", "plain", "native"] = "auto"
-    """plain: autograd; native: C++, on a CPU; auto: the fastest that serves. They agree to rounding."""
+    step: Literal["auto", "plain", "native", "fused"] = "auto"
+    """plain: autograd; native: C++, on a CPU; fused: Triton, on a GPU; auto: the fastest that serves. They agree to
+    rounding, which is that of float16 products in the fused step."""
 
     @model_validator(mode="after")
     def _cadence_fits(self) -> "FitSection":
@@ -154,6 +155,7 @@ _SignalKeys = _union(SignalSection, SIGNALS)
 _FieldKeys = _union(FieldSection, FIELDS)
 _OptimizerKeys = _union(OptimizerSection, OPTIMIZERS)
 _KINDS = {"dataset": DATASETS, "signal": SIGNALS, "field": FIELDS, "optimizer": OPTIMIZERS}
+_POSSIBLE_CHANNELS = (1, 2, 3, 4)
 _DEFAULT_KIND = {"signal": "image", "field": "mlp", "optimizer": "esgd"}
 
 
@@ -180,6 +182,7 @@ class EncodeJob(_Section):
     def _parts_fit(self) -> "EncodeJob":
         self.build_field(dimensions=2, channels=1)
         self.build_optimizer(samples_per_step=1)
+        self._signal_can_be()
         if self.needs_calibration and self.field.init == "per_datum":
             raise ValueError(
                 "optimizer.curvature=shared needs fields that start from one theta0, and field.init is per_datum; "
@@ -196,6 +199,19 @@ class EncodeJob(_Section):
                 f"fit.check_every={self.fit.check_every} is not a multiple of optimizer.update_every={update_every}"
             )
         return self
+
+    def _signal_can_be(self) -> None:
+        """Raise what is wrong with the signal's keys whatever the data are, for which `channels: auto` waits."""
+        keys = self.signal.model_dump(exclude={"kind"})
+        counts = _POSSIBLE_CHANNELS if keys["channels"] == "auto" else (keys["channels"],)
+        wrong = []
+        for channels in counts:
+            try:
+                SIGNALS[self.signal.kind](**keys | {"channels": channels})
+            except ValueError as error:
+                wrong.append(error)
+        if len(wrong) == len(counts):
+            raise next((error for error in wrong if "channels" not in str(error)), wrong[0])
 
     @property
     def needs_calibration(self) -> bool:

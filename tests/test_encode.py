@@ -154,7 +154,11 @@ def test_bad_data_are_rows_and_cost_no_neighbour(tmp_path, photographs):
     for path in photographs.glob("bad*"):
         path.unlink()
     without, _ = encode_in_process(_folder_job(tmp_path, photographs, "without"))
-    good = {row["datum_id"]: row for row in open_weights(without.files.path).to_arrow().to_pylist()}
+    table = open_weights(without.files.path)
+    good = {row["datum_id"]: row for row in table.to_arrow().to_pylist()}
+    decoded = table.decode(["good-01.png", "good-00.png", "good-03.png"])
+    assert [image.shape for image in decoded] == [(8, 8, 3), (4, 12, 3), (8, 8, 3)], "each at its own size"
+    assert (decoded[1] == table.decode(["good-00.png"])[0]).all()
     assert {n: r["weights"] for n, r in rows.items() if n in good} == {n: r["weights"] for n, r in good.items()}
 
 

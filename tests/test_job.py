@@ -25,11 +25,7 @@ def test_every_job_that_ships_is_valid(path):
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
-def test_the_jobs_that_ship_use_weight_scaling_and_esgd(path, request):
-    if path.stem == "scenes":
-        request.applymarker(
-            pytest.mark.xfail(strict=True, reason="scenes: a recipe with Adam; ESGD is still to be tried")
-        )
+def test_the_jobs_that_ship_use_weight_scaling_and_esgd(path):
     job = load_job(path)
     assert job.field.weight_scale > 1
     assert job.optimizer.kind == "esgd"
@@ -40,6 +36,7 @@ def test_the_jobs_that_ship_use_weight_scaling_and_esgd(path, request):
     [
         ("fit.max_step=3", "unknown key fit.max_step; accepted: max_steps, target, samples"),
         ("optimizer.momentum=3", "unknown key optimizer.momentum; accepted: learning_rate, schedule, kind, curvature"),
+        ("signal.holdout=1", "signal.holdout=k holds back one pixel of k and is at least 2, got 1"),
         ("signal.kind=imge", f"unknown signal 'imge'; known kinds of signal: {', '.join(sorted(SIGNALS))}"),
         ("dataset.kind=cifar", f"unknown dataset 'cifar'; known kinds of dataset: {', '.join(sorted(DATASETS))}"),
         ("fit.max_steps=many", "fit.max_steps: input should be a valid integer"),

@@ -29,7 +29,7 @@ def decode(
     if out.suffix.lower() not in medium.written:
         raise CallerError(f"cannot write {out.name!r}: decode writes {' and '.join(medium.written)} of this run")
     key = _key(table, datum)
-    wanted = _shape(table, key, shape)
+    (wanted,) = table.shapes([key], shape)
     content = table.decode([key], wanted)[0]
     try:
         medium.write(content, out)
@@ -41,13 +41,3 @@ def decode(
 def _key(table: WeightsTable, datum: str) -> str | int:
     """An id where one has this text, else an index."""
     return datum if datum in table or not datum.isdecimal() else int(datum)
-
-
-def _shape(table: WeightsTable, key: str | int, text: str | None) -> tuple[int, ...]:
-    fitted = table.signal.shape_of(dict(table.rows([key])["metrics"][0].as_py()))
-    if text is None:
-        return fitted
-    try:
-        return table.signal.shape_from(text, fitted)
-    except ValueError as error:
-        raise CallerError(f"--shape: {error}") from error

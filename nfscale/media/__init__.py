@@ -1,7 +1,7 @@
 """Files and pages of the modalities: how data are read, written and shown. One file each, by the signal's kind."""
 
 from nfscale.media.audio import AudioMedium
-from nfscale.media.base import Beside, Medium, Panel, nothing_beside
+from nfscale.media.base import Beside, Decode, Medium, Panel, nothing_beside
 from nfscale.media.image import ImageMedium
 from nfscale.media.occupancy import OccupancyMedium
 from nfscale.media.radiance import RadianceMedium
@@ -15,4 +15,4 @@ MEDIA: dict[str, Medium] = {
     "sphere": SphereMedium(),
 }
 
-__all__ = ["MEDIA", "Beside", "Medium", "Panel", "nothing_beside"]
+__all__ = ["MEDIA", "Beside", "Decode", "Medium", "Panel", "nothing_beside"]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from nfscale.errors import CallerError
-from nfscale.media.base import Beside, Panel
+from nfscale.media.base import Beside, Decode, Panel
 from nfscale.signals.audio import Sound
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class AudioMedium:
         first, second = (10 * np.log10(np.maximum(spectrum, floor)) for spectrum in spectra)
         return {"log_spectral_distance_db": float(np.sqrt(np.square(first - second).mean(axis=1)).mean())}
 
-    def panels(self, original: Sound, rebuilt: Sound) -> list[Panel]:
+    def panels(self, original: Sound, rebuilt: Sound, decode: Decode) -> list[Panel]:
         """Two rows of three: waveform, spectrogram and player of each."""
         peak = max(float(np.abs(original.values).max()), 1e-4)
         loudest = power_spectra(original).max()

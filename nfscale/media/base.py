@@ -8,6 +8,9 @@ from typing import Any, BinaryIO, Protocol
 Beside = Callable[[str], BinaryIO]
 """Opens another file of the dataset by its path relative to the one that is read; raises OSError or ValueError."""
 
+Decode = Callable[[str], Any]
+"""A datum out of its weights at another shape, written as `nfscale decode --shape` takes it."""
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -68,6 +71,6 @@ class Medium(Protocol):
         """Whether `measures` says anything of such a datum: decoding costs time."""
         ...
 
-    def panels(self, original: Any, rebuilt: Any) -> list[Panel]:
-        """What a page shows of a datum."""
+    def panels(self, original: Any, rebuilt: Any, decode: Decode) -> list[Panel]:
+        """What a page shows of a datum; `decode` gives what its field says at other shapes than the original's."""
         ...

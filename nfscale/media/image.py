@@ -16,7 +16,7 @@ import numpy as np
 
 from nfscale.hostile import reason_of
 from nfscale.media import pictures
-from nfscale.media.base import Beside, Panel
+from nfscale.media.base import Beside, Decode, Panel
 
 MAX_PIXELS = 64 << 20
 """64 Mi pixels: a full-batch coordinate table of more would not fit where the engine runs."""
@@ -56,7 +56,7 @@ class ImageMedium:
         )
         return {"ssim": float(similarity)}
 
-    def panels(self, original: np.ndarray, rebuilt: np.ndarray) -> list[Panel]:
+    def panels(self, original: np.ndarray, rebuilt: np.ndarray, decode: Decode) -> list[Panel]:
         return [Panel("image/png", pictures.encoded(side, "PNG")) for side in sides(original, rebuilt)]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from nfscale.errors import CallerError
 from nfscale.media import meshes, pictures
-from nfscale.media.base import Beside, Panel
+from nfscale.media.base import Beside, Decode, Panel
 from nfscale.signals.occupancy import Grid, Labelled, Mesh, Solid
 
 MAX_VOXELS = 512**3
@@ -65,7 +65,7 @@ class OccupancyMedium:
     def measures(self, original: Any, rebuilt: Grid) -> dict[str, float]:
         return {}
 
-    def panels(self, original: Mesh | Grid | Labelled, rebuilt: Grid) -> list[Panel]:
+    def panels(self, original: Mesh | Grid | Labelled, rebuilt: Grid, decode: Decode) -> list[Panel]:
         """The original, what the field says, and the original with what is wrong."""
         made = mesh_of(rebuilt)
         if isinstance(original, Labelled):

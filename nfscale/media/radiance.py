@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from nfscale.media import pictures
-from nfscale.media.base import Beside, Panel
+from nfscale.media.base import Beside, Decode, Panel
 from nfscale.media.image import ImageMedium
 from nfscale.signals.radiance import Scene
 
@@ -36,6 +36,7 @@ _SSIM_WINDOW = 7  # pixels, the usual one
 _SMALLEST_SIDE = 192  # that a view is enlarged to on a page
 _COLUMNS = 8  # of a sheet of views
 _TURN_SECONDS = 4.0  # of an animation
+_TURN = "16x64x64"  # views around a scene on a page: a second to render at 16 points a ray
 _DISTORTIONS = ("k1", "k2", "k3", "k4", "p1", "p2")
 
 
@@ -45,7 +46,10 @@ class RadianceMedium:
     suffixes = frozenset({"transforms.json", "transforms_train.json"})
     written: tuple[str, ...] = (".png", ".gif", ".npy")
     panel_pixels = 160
-    legend = "a held-back view: original, rebuilt, error times ten; then more views, originals above rebuilt ones"
+    legend = (
+        "a held-back view: original, rebuilt, error times ten; then more views, originals above rebuilt ones; then a "
+        "turn around the scene"
+    )
 
     def read(self, stream: BinaryIO, name: str, beside: Beside) -> Scene:
         """The scene of a camera file; `name` says which of the two forms it is."""
@@ -92,13 +96,14 @@ class RadianceMedium:
         ]
         return {"ssim": float(np.mean(found))}
 
-    def panels(self, original: np.ndarray, rebuilt: np.ndarray) -> list[Panel]:
+    def panels(self, original: np.ndarray, rebuilt: np.ndarray, decode: Decode) -> list[Panel]:
         enlarge = max(1, _SMALLEST_SIDE // max(original.shape[1:3]))
         first = [original[0], rebuilt[0], pictures.error_map(original[0], rebuilt[0])]
         shown = [pictures.enlarged(pictures.to_uint8(side), enlarge) for side in first]
         if len(original) > 1:
             shown.append(np.concatenate([_sheet(original[1:]), _sheet(rebuilt[1:])]))
-        return [Panel("image/png", pictures.encoded(side, "PNG")) for side in shown]
+        turn = _animated([pictures.to_uint8(view) for view in decode(_TURN)])
+        return [Panel("image/png", pictures.encoded(side, "PNG")) for side in shown] + [Panel("image/gif", turn)]
 
 
 # --- cameras

@@ -7,7 +7,7 @@ from typing import BinaryIO
 import numpy as np
 
 from nfscale.media import netcdf, pictures
-from nfscale.media.base import Beside, Panel
+from nfscale.media.base import Beside, Decode, Panel
 from nfscale.media.image import ImageMedium
 from nfscale.signals.sphere import SphereMap, cell_areas
 
@@ -79,7 +79,7 @@ class SphereMedium:
         names = ["rmse"] if len(rmse) == 1 else [f"rmse_{name}" for name in _names(original)]
         return {name: float(value) for name, value in zip(names, rmse, strict=True)}
 
-    def panels(self, original: SphereMap, rebuilt: SphereMap) -> list[Panel]:
+    def panels(self, original: SphereMap, rebuilt: SphereMap, decode: Decode) -> list[Panel]:
         """Maps with colour bars in the data's unit, the channels below each other; what is missing, in both."""
         same = _same_grid(original, rebuilt)
         if same:

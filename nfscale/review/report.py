@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
-from nfscale.datasets import Dataset, Datum
+from nfscale.datasets import Dataset
 from nfscale.encode import OpenRun
 from nfscale.media import Panel, pictures
 from nfscale.media.image import sides
@@ -113,7 +113,7 @@ def _galleries(run: OpenRun, table: WeightsTable, rows: pa.Table) -> dict[str, A
     chosen = {"worst": ends["worst"], "median": range(middle, min(middle + _ROW, count)), "best": ends["best"]}
     shown = _Shown(run, table)
     drawn = {name: shown.data(fitted["datum_id"].take(list(at)).to_pylist()) for name, at in chosen.items()}
-    galleries = [(name, [_figure(run, datum) for datum in found]) for name, found in drawn.items()]
+    galleries = [(name, [_figure(run, table, datum) for datum in found]) for name, found in drawn.items()]
     medium = run.medium
     context: dict[str, Any] = {"galleries": galleries, "legend": medium.legend, "panel_pixels": medium.panel_pixels}
     context |= {"mosaic": None, "canvases": []}
@@ -141,18 +141,19 @@ class _Shown:
         """These data beside what their fields say; one that cannot be read any more is left out."""
         if not ids:
             return []
-        rows = self.table.rows(ids).select(["datum_id", "quality", "metrics"]).to_pylist()
-        by_shape: dict[tuple[int, ...], list[tuple[Datum, float]]] = {}
-        for row, position in zip(rows, self.table.dataset_positions(ids), strict=True):
-            datum = self.run.dataset.read(position)
-            if datum.content is not None:
-                by_shape.setdefault(self.run.signal.shape_of(dict(row["metrics"])), []).append((datum, row["quality"]))
-        found = {}
-        for shape, data in by_shape.items():
-            rebuilt = self.table.decode([datum.id for datum, _ in data], shape)
-            for (datum, quality), content in zip(data, rebuilt, strict=True):
-                found[datum.id] = _Rebuilt(datum.id, quality, self.run.signal.original(datum.content), content)
-        return [found[datum_id] for datum_id in ids if datum_id in found]
+        qualities = self.table.rows(ids)["quality"].to_pylist()
+        read = [
+            (datum, quality)
+            for position, quality in zip(self.table.dataset_positions(ids), qualities, strict=True)
+            if (datum := self.run.dataset.read(position)).content is not None
+        ]
+        if not read:
+            return []
+        rebuilt = self.table.decode([datum.id for datum, _ in read])
+        return [
+            _Rebuilt(datum.id, quality, self.run.signal.original(datum.content), content)
+            for (datum, quality), content in zip(read, rebuilt, strict=True)
+        ]
 
     def mosaic(self, ids: list[str]) -> dict[str, Any] | None:
         """These data, originals beside reconstructions."""
@@ -202,9 +203,9 @@ def _place_of(dataset: Dataset) -> Any:
     return getattr(whole, "place", None)
 
 
-def _figure(run: OpenRun, datum: _Rebuilt) -> dict[str, Any]:
+def _figure(run: OpenRun, table: WeightsTable, datum: _Rebuilt) -> dict[str, Any]:
     """A datum as its medium shows it."""
-    panels = run.medium.panels(datum.original, datum.rebuilt)
+    panels = run.medium.panels(datum.original, datum.rebuilt, lambda shape: table.decode([datum.id], shape)[0])
     return {"id": datum.id, "quality": datum.quality, "panels": [_panel(panel) for panel in panels]}
 
 

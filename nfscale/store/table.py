@@ -186,26 +186,58 @@ class WeightsTable:
             raise MismatchError(f"{place} is missing, and {commit.shard} is committed; `nfscale verify` lists all")
         return self.folder.files.source(commit.file)
 
-    def decode(self, keys: Sequence[DatumKey], shape: tuple[int, ...] | None = None) -> Any:
-        """Data out of weights, in the data's own unit: images as an array [len(keys), H, W, C], others as a list.
+    def decode(self, keys: Sequence[DatumKey], shape: tuple[Any, ...] | str | None = None) -> Any:
+        """Data out of weights, in the data's own unit: images of one shape as an array [len(keys), H, W, C].
+
+        Of other signals, and where shapes differ, a list.
 
         Args:
             keys: ids or indices.
-            shape: of each datum, as its signal understands it; without one, that it was fitted at, the same for all.
+            shape: see `shapes`.
 
         Raises:
-            CallerError: if a datum has no row or no weights, or the shapes differ and none is given.
+            CallerError: if a datum has no row or no weights, or the shape cannot be read.
         """
         rows = self.rows(keys)
         weights = self.matrix(rows["weights"])
         if empty := [key for key, row in zip(keys, weights, strict=True) if not np.isfinite(row).all()]:
             reasons = dict(zip(keys, rows["reason"].to_pylist(), strict=True))
             raise CallerError(f"no weights for {empty[:5]}: {reasons[empty[0]]}")
+        by_shape: dict[tuple[Any, ...], list[int]] = {}
+        for place, wanted in enumerate(self._shapes(rows, shape)):
+            by_shape.setdefault(wanted, []).append(place)
+        if len(by_shape) == 1:
+            return self._reconstructed(weights, *by_shape)
+        decoded: list[Any] = [None] * len(weights)
+        for wanted, places in by_shape.items():
+            for place, datum in zip(places, self._reconstructed(weights[places], wanted), strict=True):
+                decoded[place] = datum
+        return decoded
+
+    def shapes(self, keys: Sequence[DatumKey], shape: tuple[Any, ...] | str | None = None) -> list[tuple[Any, ...]]:
+        """The shape of each of these data, as its signal understands it: what `decode` decodes it at.
+
+        Args:
+            keys: ids or indices.
+            shape: for all; or a text, which `nfscale decode --shape` takes too; without one, that of each fit.
+
+        Raises:
+            CallerError: if a datum has no row, or the text cannot be read.
+        """
+        return self._shapes(self.rows(keys), shape)
+
+    def _shapes(self, rows: pa.Table, shape: tuple[Any, ...] | str | None) -> list[tuple[Any, ...]]:
+        if isinstance(shape, tuple):
+            return [shape] * len(rows)
+        fitted = [self.signal.shape_of(dict(metrics)) for metrics in rows["metrics"].to_pylist()]
         if shape is None:
-            shapes = {self.signal.shape_of(dict(metrics)) for metrics in rows["metrics"].to_pylist()}
-            if len(shapes) > 1:
-                raise CallerError(f"these data have the shapes {sorted(shapes)[:5]}; give one shape to decode them at")
-            (shape,) = shapes
+            return fitted
+        try:
+            return [self.signal.shape_from(shape, one) for one in fitted]
+        except ValueError as error:
+            raise CallerError(f"shape: {error}") from error
+
+    def _reconstructed(self, weights: np.ndarray, shape: tuple[Any, ...]) -> Any:
         return self.signal.reconstruct(self.values(torch.from_numpy(weights), shape), shape)
 
     def values(self, weights: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -17,6 +17,7 @@ from nfscale.errors import CallerError
 from nfscale.media import audio
 from nfscale.media.audio import AudioMedium, as_wav, decoded, power_spectra
 from nfscale.signals import Audio, Sound
+from tests.media.pages import no_other_shape
 
 soundfile = pytest.importorskip("soundfile")
 
@@ -254,7 +255,7 @@ def test_sounds_shorter_than_a_frame_have_no_spectral_distance():
 def test_a_page_shows_and_plays_both(values):
     original = Sound(np.repeat(values[:, None], 2, axis=1), RATE)
     rebuilt = Sound(original.values * np.float32(0.99), RATE)
-    panels = MEDIUM.panels(original, rebuilt)
+    panels = MEDIUM.panels(original, rebuilt, no_other_shape)
     assert [panel.mime for panel in panels] == ["image/webp", "image/webp", "audio/wav"] * 2
     assert [panel.caption for panel in panels] == ["original"] * 3 + ["rebuilt"] * 3
     for panel in panels:
@@ -269,5 +270,5 @@ def test_a_page_shows_and_plays_both(values):
 
 def test_players_hold_the_first_ten_seconds():
     long = Sound(np.zeros((25, 1), np.float32), 2)
-    with wave.open(io.BytesIO(MEDIUM.panels(long, long)[2].content)) as file:
+    with wave.open(io.BytesIO(MEDIUM.panels(long, long, no_other_shape)[2].content)) as file:
         assert file.getnframes() == 20

@@ -21,6 +21,7 @@ from nfscale.media.occupancy import OccupancyMedium, drawn, mesh_of, solid_of
 from nfscale.signals import Grid, Mesh, Occupancy
 from nfscale.store import open_weights
 from nfscale.verify import verify
+from tests.media.pages import no_other_shape
 
 trimesh = pytest.importorskip("trimesh", reason="pip install 'nfscale[shapes]'")
 pytest.importorskip("igl", reason="pip install 'nfscale[shapes]'")
@@ -441,7 +442,7 @@ def test_a_field_that_has_nothing_inside_is_told(tmp_path):
     with pytest.raises(CallerError, match="nothing inside"):
         MEDIUM.write(empty, tmp_path / "a.obj")
     assert not (tmp_path / "a.obj").exists()
-    assert [panel.mime for panel in MEDIUM.panels(mesh_of(ball_grid()), empty)] == ["image/png"]
+    assert [panel.mime for panel in MEDIUM.panels(mesh_of(ball_grid()), empty, no_other_shape)] == ["image/png"]
 
 
 def test_missing_packages_are_named(monkeypatch, tmp_path):
@@ -474,7 +475,7 @@ def test_the_nearer_of_two_triangles_is_seen():
 
 def test_a_page_shows_the_original_the_rebuilt_and_the_error():
     grid = ball_grid(12)
-    panels = MEDIUM.panels(mesh_of(grid), grid)
+    panels = MEDIUM.panels(mesh_of(grid), grid, no_other_shape)
     assert [panel.mime for panel in panels] == ["image/png"] * 3
     assert panels[0].content == panels[1].content == panels[2].content, "nothing is wrong"
 
@@ -510,4 +511,4 @@ def test_voxel_grids_go_through_a_whole_run(tmp_path):
     made = mesh_of(grid)
     assert made.vertices.min() > 0
     assert made.vertices.max() < 10
-    assert MEDIA["occupancy"].panels(table.signal.original(grids[3]), grid)
+    assert MEDIA["occupancy"].panels(table.signal.original(grids[3]), grid, no_other_shape)

@@ -223,7 +223,10 @@ def test_similarity_is_one_for_equal_views_and_less_for_others():
 
 
 def test_a_page_shows_a_view_its_error_and_the_others():
-    panels = MEDIUM.panels(VIEWS, VIEWS * 0.9)
+    asked = []
+    panels = MEDIUM.panels(VIEWS, VIEWS * 0.9, lambda shape: asked.append(shape) or VIEWS)
+    assert asked == ["16x64x64"], "a turn around the scene"
     sizes = [Image.open(io.BytesIO(panel.content)).size for panel in panels]
-    assert sizes == [(192, 160)] * 3 + [(24, 20)]
-    assert len(MEDIUM.panels(VIEWS[:1], VIEWS[:1])) == 3
+    assert sizes == [(192, 160)] * 3 + [(24, 20), (12, 10)]
+    assert Image.open(io.BytesIO(panels[-1].content)).n_frames == len(VIEWS)
+    assert len(MEDIUM.panels(VIEWS[:1], VIEWS[:1], lambda shape: VIEWS)) == 4

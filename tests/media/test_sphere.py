@@ -13,6 +13,7 @@ from nfscale.media import MEDIA, netcdf
 from nfscale.media.base import nothing_beside
 from nfscale.media.sphere import SphereMedium, coloured
 from nfscale.signals import Sphere, SphereMap
+from tests.media.pages import no_other_shape
 
 netcdf4 = pytest.importorskip("netCDF4")
 
@@ -402,7 +403,7 @@ def test_rmse_is_in_the_unit_and_weighted_by_area():
 @pytest.mark.parametrize("channels", [1, 2])
 def test_panels_are_maps_with_a_scale(channels):
     original, rebuilt = run_maps(channels)
-    panels = MEDIUM.panels(original, rebuilt)
+    panels = MEDIUM.panels(original, rebuilt, no_other_shape)
     assert [panel.mime for panel in panels] == ["image/png"] * 3
     assert panels[2].caption == "rebuilt - original, RMSE 0.1 K" + (", 0.1 m" if channels == 2 else "")
     for panel in panels:
@@ -412,7 +413,7 @@ def test_panels_are_maps_with_a_scale(channels):
         grey = (picture == [0x8A, 0x8A, 0x8A, 255]).all(axis=2)
         assert 0.1 < grey.mean() * 4 < 1, "a quarter of the map is missing, in each of the three"
     other = SphereMap(rebuilt.values, rebuilt.latitude / 2, rebuilt.longitude, *(None, None, rebuilt.ranges))
-    assert len(MEDIUM.panels(original, other)) == 2
+    assert len(MEDIUM.panels(original, other, no_other_shape)) == 2
 
 
 def test_the_medium_is_listed():

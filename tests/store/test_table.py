@@ -119,6 +119,10 @@ def test_a_field_decodes_at_any_shape(run):
     assert table.decode(some, (5, 11)).shape == (3, 5, 11, 1)
     alone = table.decode(some[:1], (5, 11))
     assert (alone == table.decode(some, (5, 11))[:1]).all(), "the same alone and among others"
+    assert (table.decode(some, "5x11") == table.decode(some, (5, 11))).all()
+    assert table.shapes(some, "5x11") == [(5, 11)] * 3
+    with pytest.raises(CallerError, match="shape: .*'5-11'"):
+        table.decode(some, "5-11")
 
 
 def test_unknown_data_and_columns_are_the_callers_mistake(run):
