@@ -92,9 +92,9 @@ class FitSection(_Section):
     plateau_gain: float = 0.1
     max_restarts: NonNegativeInt = 3
     batch: PositiveInt | Literal["auto"] = "auto"
-    step: Literal["auto", "plain", "native", "fused"] = "auto"
-    """plain: autograd; native: C++, on a CPU; fused: Triton, on a GPU; auto: the fastest that serves. They agree to
-    rounding, which is that of float16 products in the fused step."""
+    step: Literal["auto", "plain", "torch", "native", "fused"] = "auto"
+    """plain: autograd; torch: without autograd; native: C++, on a CPU; fused: Triton, on a GPU; auto: the fastest that
+    serves. They agree to rounding, which is that of float16 products in the fused step."""
 
     @model_validator(mode="after")
     def _cadence_fits(self) -> "FitSection":

@@ -87,7 +87,11 @@ def uniform(seeds: Tensor, stream: Stream, step: Tensor | int, count: int) -> Te
 
 def rademacher(seeds: Tensor, stream: Stream, step: Tensor | int, count: int) -> Tensor:
     """-1 or +1 with equal probability, float32: [F] -> [F, count]. One word yields 32 signs."""
-    drawn = words(seeds, stream, step, (count + 31) // 32)
-    shifts = torch.arange(32, dtype=torch.int64, device=seeds.device)
+    return signs(words(seeds, stream, step, (count + 31) // 32), count)
+
+
+def signs(drawn: Tensor, count: int) -> Tensor:
+    """The bits of words of 32 bits as -1 or +1, float32: int64 [F, count / 32 or more] -> [F, count]."""
+    shifts = torch.arange(32, dtype=torch.int64, device=drawn.device)
     bits = (drawn[:, :, None] >> shifts) & 1
-    return bits.reshape(len(seeds), -1)[:, :count].to(torch.float32).mul_(2).sub_(1)
+    return bits.reshape(len(drawn), -1)[:, :count].to(torch.float32).mul_(2).sub_(1)

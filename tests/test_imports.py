@@ -19,11 +19,12 @@ RULES = {
     "fields": NUMERICAL | {"nfscale.rng", "nfscale.layout"},
     "signals": NUMERICAL | {"nfscale.rng", "nfscale.layout"},
     "optim": NUMERICAL | {"nfscale.rng", "nfscale.layout"},
-    "engine": NUMERICAL | {"nfscale.rng", "nfscale.layout", "nfscale.fields", "nfscale.signals", "nfscale.optim"},
+    "engine": NUMERICAL
+    | {"triton", "nfscale.rng", "nfscale.layout", "nfscale.fields", "nfscale.signals", "nfscale.optim"},
     "coordinator": set(),
 }
 
-HOMES = {"ray": "distributed", "mlflow": "track"}
+HOMES = {"ray": "distributed", "mlflow": "track", "triton": "engine"}
 """Packages that one part alone may import."""
 
 WITHOUT_ARROW = ("engine", "fields", "signals", "optim", "coordinator")
@@ -146,7 +147,7 @@ def late():
 FIT_WITHOUT_THE_REST = """
 import sys
 
-ABSENT = {"ray", "mlflow", "pyarrow", "pydantic", "typer", "PIL", "skimage", "sklearn", "matplotlib"}
+ABSENT = {"ray", "mlflow", "pyarrow", "pydantic", "typer", "PIL", "skimage", "sklearn", "matplotlib", "triton"}
 
 
 class Absent:

@@ -12,7 +12,7 @@ from torch import Tensor
 from nfscale.engine.calibrate import Calibration
 from nfscale.engine.dispatch import PLAIN, Step
 from nfscale.engine.sampling import Sampler
-from nfscale.engine.step import plain_gradient_and_hvp, training_samples
+from nfscale.engine.step import training_samples
 from nfscale.fields import Field
 from nfscale.layout import Params
 from nfscale.optim import Extra, Optimizer
@@ -126,7 +126,7 @@ class Batch:
             if "hv" in self.optimizer.needs and index % self._cadence == 0:
                 wanted = self.optimizer.wants_curvature(self.steps)
                 probe = rademacher(self.seeds, Stream.PROBE, self.steps, self.field.layout.size)
-                _, grads, products = plain_gradient_and_hvp(self.field, self.signal, self.rows, part, probe)
+                _, grads, products = self.step.gradient_and_hvp(self.field, self.signal, self.rows, part, probe)
                 hv = self._params(products)
             else:
                 _, grads = self.step.gradient(self.field, self.signal, self.rows, part)

@@ -16,7 +16,7 @@ from torch import Tensor
 from nfscale.engine.dispatch import StepName, chosen
 from nfscale.engine.result import Stop
 from nfscale.engine.sampling import Sampler, Sampling
-from nfscale.engine.step import evaluate, plain_gradient_and_hvp, stack_samples, training_samples
+from nfscale.engine.step import evaluate, stack_samples, training_samples
 from nfscale.fields import Field, theta0_of
 from nfscale.optim.base import Extra
 from nfscale.optim.esgd import ESGD, rms_of
@@ -71,7 +71,7 @@ def calibrate(
         data: (id, samples) pairs of one sample count; 32 are enough for photographs. What they hold back is not
             looked at.
         theta0: float32 [P], the params that all fields start from; by default those of `fit` for this seed.
-        samples, sampling, step: as in `fit`; Hessian-vector products are always taken by autograd.
+        samples, sampling, step: as in `fit`.
 
     Raises:
         ValueError: if the data have different sample counts, or there are none.
@@ -104,7 +104,7 @@ def calibrate(
                 for repeat in range(_FIRST_PROBES if first + index == 0 else 1):
                     # A step has one probe; the extra probes at theta0 count down from -1.
                     probe = rademacher(seeds, Stream.PROBE, steps - repeat, size)
-                    _, grads, products = plain_gradient_and_hvp(field, signal, rows, part, probe)
+                    _, grads, products = taken.gradient_and_hvp(field, signal, rows, part, probe)
                     square = optimizer.beta2 * square + (1 - optimizer.beta2) * products.square().mean(dim=0)
                     weight = optimizer.beta2 * weight + 1 - optimizer.beta2
                 diagonals.append((square / weight).sqrt())

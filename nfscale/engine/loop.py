@@ -2,8 +2,8 @@
 
 The host looks at the device at checks only. What happens to a field between two checks depends on the
 field alone, so results do not change with the batch size or with what the neighbours do. On a CPU that is
-so bit for bit: in native steps always, in plain steps for widths that are multiples of 4 (for others the
-matrix library picks its path by the alignment of a field's block, and results agree to rounding).
+so bit for bit: in native and torch steps always, in plain steps for widths that are multiples of 4 (for others
+the matrix library picks its path by the alignment of a field's block, and results agree to rounding).
 """
 
 import math
@@ -42,7 +42,11 @@ class Check:
     steps: int
     """Field steps taken since the last check, summed over the active slots."""
     step: str
-    """The name of the step that took them: plain, native."""
+    """The name of the step that took them: plain, torch, native, fused."""
+    step_seconds: float = 0.0
+    """By the clock, of these steps."""
+    check_seconds: float = 0.0
+    """By the clock, of measuring the slots after them."""
 
 
 def fit(
@@ -74,8 +78,9 @@ def fit(
         calibration: curvature shared by the fields, for optimisers that need it.
         batch: slots; "auto" chooses by the memory that a field takes in two steps on trial. Halved where
             that turns out to be too many.
-        step: "plain" (autograd) or "native" (C++, on a CPU); "auto" takes the fastest that serves, see
-            `nfscale.engine.dispatch`. They agree to rounding.
+        step: "plain" (autograd), "torch" (without autograd), "native" (C++, on a CPU) or "fused" (Triton, on a GPU,
+            float16 products); "auto" takes the fastest that serves, see `nfscale.engine.dispatch`. They agree to
+            rounding.
         clock: seconds, for `wall_seconds`; without one they stay 0.
         observe: called after each check.
 
@@ -204,7 +209,9 @@ class _Loop:
         while batch.occupied:
             before, active = self.clock(), batch.occupied
             try:
-                measured = self._advance(batch, active)
+                self._advance(batch, active)
+                between = self._now()
+                measured = self._look(batch, active)
             except RuntimeError as error:
                 if not is_out_of_memory(error) or len(batch.slots) <= MINIMUM_SLOTS:
                     raise
@@ -215,7 +222,8 @@ class _Loop:
                 batch = self._new_batch(queue, kind, sampler, capacity)
                 self._look(batch, batch.occupied)
                 continue
-            share = (self.clock() - before) / len(active)
+            after = self.clock()
+            share = (after - before) / len(active)
             for index in active:
                 batch.slot(index).wall_seconds += share
             fresh, leaving = [], []
@@ -228,17 +236,23 @@ class _Loop:
                 elif verdict is not None:
                     leaving.append((index, verdict))
             yield from self._leave(batch, leaving)
-            self.observe(Check(len(active), len(leaving), len(active) * self.stop.cadence, self.step.name))
+            taken = len(active) * self.stop.cadence
+            self.observe(Check(len(active), len(leaving), taken, self.step.name, between - before, after - between))
             fresh += self._refill(batch, queue, kind, capacity)
             self._look(batch, fresh)
             self._compact(batch)
 
-    def _advance(self, batch: Batch, active: list[int]) -> dict[int, tuple[float, float]]:
-        """To the next check: loss and quality of the active slots there."""
+    def _advance(self, batch: Batch, active: list[int]) -> None:
+        """To the next check."""
         batch.advance(self.stop.cadence)
         for index in active:
             batch.slot(index).step += self.stop.cadence
-        return self._look(batch, active)
+
+    def _now(self) -> float:
+        """The clock, once the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self.clock()
 
     def _start_row(self, datum_id: str) -> Tensor:
         """Where a field starts: [P]."""

@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -178,11 +179,19 @@ INLINE void sine(const Cosine& cosine, V (&u)[COUNT], V (&cosines)[COUNT]) {
     }
 }
 
-// ROWS x COLUMNS of the product of A (element m, k; of its transpose where TRANSPOSED) and B, whose element
-// (k, column j of 16 lanes) lies at k * b_row + j * b_column.
-template <bool TRANSPOSED, int M, int N, class Start, class Done>
-INLINE void block(int64_t m, int64_t j, int64_t depth, const float* a, int64_t a_row, const float* b, int64_t b_row,
-                  int64_t b_column, const Start& start, const Done& done) {
+// Two matrices to multiply: A, with element (m, k) or of its transpose, and B, whose element (k, column j of 16 lanes)
+// lies at k * b_row + j * b_column.
+struct Factors {
+    const float* a;
+    int64_t a_row;
+    const float* b;
+    int64_t b_row, b_column;
+};
+
+// ROWS x COLUMNS of the sum of COUNT products A B, or A^T B where TRANSPOSED.
+template <bool TRANSPOSED, int M, int N, int COUNT, class Start, class Done>
+INLINE void block(int64_t m, int64_t j, int64_t depth, const Factors (&factors)[COUNT], const Start& start,
+                  const Done& done) {
     V sums[M][N];
     for (int column = 0; column < N; column++) {
         V first = start(j + column);
@@ -190,17 +199,20 @@ INLINE void block(int64_t m, int64_t j, int64_t depth, const float* a, int64_t a
             sums[row][column] = first;
         }
     }
-    a += TRANSPOSED ? m : m * a_row;
-    b += j * b_column;
-    for (int64_t k = 0; k < depth; k++) {
-        V right[N];
-        for (int column = 0; column < N; column++) {
-            right[column] = load(b + k * b_row + column * b_column);
-        }
-        for (int row = 0; row < M; row++) {
-            V left = same(TRANSPOSED ? a[k * a_row + row] : a[row * a_row + k]);
+    for (int pair = 0; pair < COUNT; pair++) {
+        const int64_t a_row = factors[pair].a_row, b_row = factors[pair].b_row, b_column = factors[pair].b_column;
+        const float* a = factors[pair].a + (TRANSPOSED ? m : m * a_row);
+        const float* b = factors[pair].b + j * b_column;
+        for (int64_t k = 0; k < depth; k++) {
+            V right[N];
             for (int column = 0; column < N; column++) {
-                sums[row][column] = fused(left, right[column], sums[row][column]);
+                right[column] = load(b + k * b_row + column * b_column);
+            }
+            for (int row = 0; row < M; row++) {
+                V left = same(TRANSPOSED ? a[k * a_row + row] : a[row * a_row + k]);
+                for (int column = 0; column < N; column++) {
+                    sums[row][column] = fused(left, right[column], sums[row][column]);
+                }
             }
         }
     }
@@ -213,29 +225,29 @@ INLINE void block(int64_t m, int64_t j, int64_t depth, const float* a, int64_t a
     done(m, j, finished);
 }
 
-template <bool TRANSPOSED, int N, class Start, class Done>
-INLINE void columns(int64_t j, int64_t height, int64_t depth, const float* a, int64_t a_row, const float* b,
-                    int64_t b_row, int64_t b_column, const Start& start, const Done& done) {
+template <bool TRANSPOSED, int N, int COUNT, class Start, class Done>
+INLINE void columns(int64_t j, int64_t height, int64_t depth, const Factors (&factors)[COUNT], const Start& start,
+                    const Done& done) {
     int64_t m = 0;
     for (; m + ROWS <= height; m += ROWS) {
-        block<TRANSPOSED, ROWS, N>(m, j, depth, a, a_row, b, b_row, b_column, start, done);
+        block<TRANSPOSED, ROWS, N>(m, j, depth, factors, start, done);
     }
     if (TRANSPOSED) {  // tiles have a multiple of ROWS points; the units of a layer are any number
         for (; m < height; m++) {
-            block<TRANSPOSED, 1, N>(m, j, depth, a, a_row, b, b_row, b_column, start, done);
+            block<TRANSPOSED, 1, N>(m, j, depth, factors, start, done);
         }
     }
 }
 
-template <bool TRANSPOSED, class Start, class Done>
-INLINE void product(int64_t height, int64_t width, int64_t depth, const float* a, int64_t a_row, const float* b,
-                    int64_t b_row, int64_t b_column, const Start& start, const Done& done) {
+template <bool TRANSPOSED, int COUNT, class Start, class Done>
+INLINE void product(int64_t height, int64_t width, int64_t depth, const Factors (&factors)[COUNT], const Start& start,
+                    const Done& done) {
     int64_t j = 0;
     for (; j + COLUMNS <= width; j += COLUMNS) {
-        columns<TRANSPOSED, COLUMNS>(j, height, depth, a, a_row, b, b_row, b_column, start, done);
+        columns<TRANSPOSED, COLUMNS>(j, height, depth, factors, start, done);
     }
     for (; j < width; j++) {
-        columns<TRANSPOSED, 1>(j, height, depth, a, a_row, b, b_row, b_column, start, done);
+        columns<TRANSPOSED, 1>(j, height, depth, factors, start, done);
     }
 }
 
@@ -270,19 +282,41 @@ struct Data {
 };
 
 struct Update {
-    int64_t kind;                  // 0: Adam; 1: momentum over a shared diagonal
-    float *first, *second;         // moments [fields, P]; the second is Adam's alone
+    int64_t kind;                  // see below
+    float *first, *second;         // moments [fields, P]; the second of Adam and of a diagonal of the field's own
     const float* step_size;        // [fields, steps]
     const float* correction;       // [fields, steps]: of the second moment's root, or of the momentum
     const float* longest;          // [fields, steps]: bound on the root mean square of a step, or null
     const int64_t* diagonal_row;   // [fields, steps]
     const float* inverse_diagonal; // [rows, P]
-    double beta1, beta2, epsilon;
+    int64_t* probes;               // [fields]: taken so far, of a diagonal of the field's own
+    int64_t update_every, probe_stream;
+    double beta1, beta2, epsilon, damping;
 };
 
 }  // extern "C"
 
 namespace {
+
+constexpr int64_t ADAM = 0, SHARED_DIAGONAL = 1, OWN_DIAGONAL = 2;  // kinds of updates
+constexpr double PI = 3.14159265358979323846;
+
+// `own` here, and `other(0)` to `other(count - 1)` in a thread each, of which the machine may grant fewer.
+template <class Other, class Own>
+void with_threads(int64_t count, const Other& other, const Own& own) {
+    std::vector<std::thread> others;
+    try {
+        for (int64_t i = 0; i < count; i++) {
+            others.emplace_back([&other, i] { other(i); });
+        }
+    } catch (const std::system_error&) {
+        // Those that run do all.
+    }
+    own();
+    for (std::thread& thread : others) {
+        thread.join();
+    }
+}
 
 // Four words of 32 bits: Philox4x32-10, as nfscale.rng has it.
 struct Words {
@@ -296,7 +330,8 @@ Words philox(uint64_t key, Words counter) {
             key0 += 0x9E3779B9u;
             key1 += 0xBB67AE85u;
         }
-        const uint64_t product0 = uint64_t{counter.at[0]} * 0xD2511F53u, product1 = uint64_t{counter.at[2]} * 0xCD9E8D57u;
+        const uint64_t product0 = uint64_t{counter.at[0]} * 0xD2511F53u;
+        const uint64_t product1 = uint64_t{counter.at[2]} * 0xCD9E8D57u;
         counter = {{static_cast<uint32_t>(product1 >> 32) ^ counter.at[1] ^ key0, static_cast<uint32_t>(product1),
                     static_cast<uint32_t>(product0 >> 32) ^ counter.at[3] ^ key1, static_cast<uint32_t>(product0)}};
     }
@@ -364,64 +399,39 @@ class Sampler {
     std::vector<Pass> passes;
 };
 
+// What a worker computes: values of fields, or gradients of their losses too, or also Hessian-vector products.
+enum class Need { VALUES, GRADIENTS, PRODUCTS };
+
+// The points of a field are summed up in parts that depend on their number alone, so that several threads can share
+// one field and the sums stay the same bits. Parts are large: adding them up costs a gradient each.
+constexpr int64_t TILES_OF_A_PART = 16, MOST_PARTS = 16;
+
 // What a thread needs to take one field through its steps.
+//
+// A Hessian-vector product is the derivative of the gradient along a probe (Pearlmutter, "Fast exact multiplication by
+// the Hessian", 1994): each quantity of forward and backward has a twin, its derivative along the probe.
 class Worker {
   public:
-    Worker(const Net& net, const Data& data, bool backward)
-        : net(net), data(data), sampler(data), across((net.width + LANES - 1) / LANES), stride(across * LANES + LANES), first(net.omega_0),
-          hidden(net.omega_hidden) {
-        const int64_t most_points = backward ? data.taken : data.available;
+    Worker(const Net& net, const Data& data, Need need)
+        : net(net), data(data), need(need), sampler(data), across((net.width + LANES - 1) / LANES),
+          stride(across * LANES + LANES), first(net.omega_0), hidden(net.omega_hidden) {
+        const int64_t most_points = need == Need::VALUES ? data.available : data.taken;
         size = (net.dimensions + 1) * net.width + (net.depth - 1) * (net.width + 1) * net.width +
                (net.width + 1) * net.channels;
-        int64_t buffers = backward ? 2 * net.depth : net.depth;
+        padded = rounded_up(size, LANES);
+        const int64_t buffers = need == Need::VALUES ? net.depth : (need == Need::GRADIENTS ? 2 : 4) * net.depth;
         int64_t most = TILE_BYTES / (buffers * stride * static_cast<int64_t>(sizeof(float)));
         most = std::clamp(most, FEWEST_POINTS, MOST_POINTS) / 8 * 8;
-        int64_t tiles = std::max<int64_t>(1, (most_points + most - 1) / most);
+        tiles = std::max<int64_t>(1, (most_points + most - 1) / most);
         tile = rounded_up(std::max<int64_t>(1, (most_points + tiles - 1) / tiles), 8);
-        const int64_t lanes = across * LANES;
-        int64_t total = 0;
-        auto place = [&](int64_t floats) {
-            int64_t at = total;
-            total += rounded_up(floats, LANES);
-            return at;
-        };
-        std::vector<int64_t> at;
-        for (int64_t layer = 0; layer < net.depth; layer++) {
-            at.push_back(place(inputs(layer) * lanes));                         // forward weights
-            at.push_back(place(lanes));                                         // forward bias
-            at.push_back(place(layer && backward ? net.width * lanes : 0));     // backward weights
-            at.push_back(place(tile * stride));                                 // outputs
-            at.push_back(place(backward ? tile * stride : 0));                  // slopes, then gradients
-            at.push_back(place(backward ? std::max(inputs(layer), net.width) * lanes : 0));  // weight gradients
-            at.push_back(place(backward ? lanes : 0));                          // bias gradients
+        tiles = (most_points + tile - 1) / tile;
+        parts = need == Need::VALUES ? 1 : std::clamp<int64_t>(tiles / TILES_OF_A_PART, 1, MOST_PARTS);
+        lay_out();
+        memory = static_cast<float*>(std::aligned_alloc(64, laid_out * sizeof(float)));
+        if (memory) {
+            lay_out();
+            std::memset(memory, 0, (laid_out - (part_sums ? parts * padded * sums_of_a_part() : 0)) * sizeof(float));
         }
-        int64_t last_at = place(net.channels * lanes), last_gradient_at = place(backward ? net.channels * lanes : 0);
-        int64_t points_at = place(tile * net.dimensions), values_at = place(tile * net.channels);
-        int64_t weights_at = place(tile), outputs_at = place(tile * net.channels);
-        int64_t last_bias_at = place(net.channels), last_bias_gradient_at = place(net.channels);
-        int64_t row_at = place(size), gradient_at = place(size), first_at = place(size), second_at = place(size);
-        memory = static_cast<float*>(std::aligned_alloc(64, total * sizeof(float)));
-        if (!memory) {
-            return;
-        }
-        std::memset(memory, 0, total * sizeof(float));
-        for (int64_t layer = 0; layer < net.depth; layer++) {
-            const int64_t* of = &at[7 * layer];
-            layers.push_back({memory + of[0], memory + of[1], memory + of[2], memory + of[3], memory + of[4],
-                              memory + of[5], memory + of[6]});
-        }
-        last = memory + last_at;
-        last_gradient = memory + last_gradient_at;
-        points = memory + points_at;
-        values = memory + values_at;
-        weights = memory + weights_at;
-        outputs = memory + outputs_at;
-        last_bias = memory + last_bias_at;
-        last_bias_gradient = memory + last_bias_gradient_at;
-        row = memory + row_at;
-        gradient = memory + gradient_at;
-        moments[0] = memory + first_at;
-        moments[1] = memory + second_at;
     }
     Worker(const Worker&) = delete;
     Worker& operator=(const Worker&) = delete;
@@ -430,27 +440,55 @@ class Worker {
     bool ready() const { return memory != nullptr; }
     int64_t params() const { return size; }
 
+    // Share the points of each field with so many threads more, if it has enough of them.
+    void take_helpers(int64_t count) {
+        for (int64_t i = 0; i < std::min(count, parts - 1); i++) {
+            helpers.push_back(std::make_unique<Worker>(net, data, need));
+            if (!helpers.back()->ready()) {
+                helpers.pop_back();
+                return;
+            }
+            helpers.back()->packed = packed;
+            helpers.back()->probe = probe;
+        }
+    }
+
     // All steps of one field, from and to its rows of weights and moments.
     void advance(int64_t field, int64_t step_count, const Update& update, float* rows) {
         std::memcpy(row, rows + field * size, size * sizeof(float));
         std::memcpy(moments[0], update.first + field * size, size * sizeof(float));
-        if (update.kind == 0) {
+        if (update.second) {
             std::memcpy(moments[1], update.second + field * size, size * sizeof(float));
+        }
+        if (update.kind == OWN_DIAGONAL) {
+            invert(update, field);
         }
         sampler.begin(field);
         for (int64_t step = 0; step < step_count; step++) {
-            pack(true);
-            differentiate(field, sampler.at(step));
-            int64_t at = field * step_count + step;
-            if (update.kind == 0) {
-                adam(update, at);
+            const int64_t at = field * step_count + step;
+            pack(row, packed);
+            const int64_t* positions = sampler.at(step);
+            if (update.kind == OWN_DIAGONAL && step % update.update_every == 0) {
+                const int64_t taken = data.steps[field] + step;
+                draw_probe(static_cast<uint64_t>(data.seeds[field]), taken, update.probe_stream);
+                differentiate<true>(field, positions);
+                if (taken % update.update_every == 0) {
+                    accumulate(update, field);
+                }
             } else {
-                preconditioned(update, at);
+                differentiate<false>(field, positions);
+            }
+            if (update.kind == ADAM) {
+                adam(update, at);
+            } else if (update.kind == SHARED_DIAGONAL) {
+                preconditioned(update, at, update.inverse_diagonal + update.diagonal_row[at] * size);
+            } else {
+                preconditioned(update, at, inverse);
             }
         }
         std::memcpy(rows + field * size, row, size * sizeof(float));
         std::memcpy(update.first + field * size, moments[0], size * sizeof(float));
-        if (update.kind == 0) {
+        if (update.second) {
             std::memcpy(update.second + field * size, moments[1], size * sizeof(float));
         }
     }
@@ -458,16 +496,29 @@ class Worker {
     // Loss and gradient of one field at its row of weights.
     float differentiate(int64_t field, const float* from, float* gradient_to) {
         std::memcpy(row, from, size * sizeof(float));
-        pack(true);
-        double loss = differentiate(field, nullptr);
+        pack(row, packed);
+        const double loss = differentiate<false>(field, nullptr);
         std::memcpy(gradient_to, gradient, size * sizeof(float));
+        return static_cast<float>(loss);
+    }
+
+    // Loss, gradient and Hessian-vector product of one field at its row of weights.
+    float differentiate_along(int64_t field, const float* from, const float* along, float* gradient_to,
+                              float* product_to) {
+        std::memcpy(row, from, size * sizeof(float));
+        pack(row, packed);
+        std::memcpy(hv, along, size * sizeof(float));
+        pack(hv, probe);
+        const double loss = differentiate<true>(field, nullptr);
+        std::memcpy(gradient_to, gradient, size * sizeof(float));
+        std::memcpy(product_to, hv, size * sizeof(float));
         return static_cast<float>(loss);
     }
 
     // Values of one field: [available, C].
     void apply(int64_t field, const float* from, float* to) {
         std::memcpy(row, from, size * sizeof(float));
-        pack(false);
+        pack(row, packed);
         for (int64_t start = 0; start < data.available; start += tile) {
             int64_t count = std::min(tile, data.available - start);
             gather(field, nullptr, start, count, 0.0f);
@@ -478,30 +529,107 @@ class Worker {
     }
 
   private:
+    // Weights, or a probe, as the products read them.
+    struct Packed {
+        std::vector<float*> forward, bias, backward;
+        float *last, *last_bias;
+    };
+    // A gradient, or a product, in groups of lanes.
+    struct Sums {
+        std::vector<float*> weight, bias;
+        float *last, *last_bias;
+    };
+    // Of the points of a tile.
     struct Layer {
-        float *forward, *bias, *backward, *output, *slope, *weight_gradient, *bias_gradient;
+        float *output, *slope;  // the slope of the sine, then the gradient with respect to what goes into it
+        float *output_along, *slope_along;  // their derivatives along the probe
     };
 
     const Net net;
     const Data data;
+    const Need need;
     Sampler sampler;
     const int64_t across, stride;  // groups of 16 lanes in a layer; floats from one point to the next
     const Cosine first, hidden;
-    int64_t size = 0, tile = 0;
+    int64_t size = 0, padded = 0, tile = 0, tiles = 0, parts = 0, laid_out = 0;
     float* memory = nullptr;
+    Packed packed, probe;
+    Sums gradient_sums, product_sums;
     std::vector<Layer> layers;
-    float *last, *last_gradient, *points, *values, *weights, *outputs, *last_bias, *last_bias_gradient;
-    float *row, *gradient, *moments[2];
+    float *points, *values, *weights, *outputs, *outputs_along, *scratch;
+    float *row, *gradient, *hv, *moments[2], *inverse, *part_sums;
+    std::vector<std::unique_ptr<Worker>> helpers;
 
     int64_t inputs(int64_t layer) const { return layer ? net.width : net.dimensions; }
+    double omega(int64_t layer) const { return layer ? net.omega_hidden : net.omega_0; }
+    int64_t sums_of_a_part() const { return need == Need::PRODUCTS ? 2 : 1; }
 
     // Where a layer's weights [out, in] and its bias [out] lie in a row.
     int64_t offset(int64_t layer) const {
         return layer ? (net.dimensions + 1) * net.width + (layer - 1) * (net.width + 1) * net.width : 0;
     }
 
-    static void transpose(const float* from, int64_t from_row, float* to, int64_t to_row, int64_t rows_, int64_t columns_,
-                          float scale) {
+    // Give every buffer its place in the memory; before there is any, count the floats.
+    void lay_out() {
+        const bool backward = need != Need::VALUES, along = need == Need::PRODUCTS;
+        const int64_t lanes = across * LANES;
+        laid_out = 0;
+        auto place = [&](bool wanted, int64_t floats) -> float* {
+            if (!wanted) {
+                return nullptr;
+            }
+            float* at = memory ? memory + laid_out : nullptr;
+            laid_out += rounded_up(floats, LANES);
+            return at;
+        };
+        auto place_packed = [&](bool wanted) {
+            Packed to;
+            for (int64_t layer = 0; layer < net.depth; layer++) {
+                to.forward.push_back(place(wanted, inputs(layer) * lanes));
+                to.bias.push_back(place(wanted, lanes));
+                to.backward.push_back(place(wanted && layer && backward, net.width * lanes));
+            }
+            to.last = place(wanted, net.channels * lanes);
+            to.last_bias = place(wanted, net.channels);
+            return to;
+        };
+        auto place_sums = [&](bool wanted) {
+            Sums to;
+            for (int64_t layer = 0; layer < net.depth; layer++) {
+                to.weight.push_back(place(wanted, std::max(inputs(layer), net.width) * lanes));
+                to.bias.push_back(place(wanted, lanes));
+            }
+            to.last = place(wanted, net.channels * lanes);
+            to.last_bias = place(wanted, net.channels);
+            return to;
+        };
+        packed = place_packed(true);
+        probe = place_packed(along);
+        gradient_sums = place_sums(backward);
+        product_sums = place_sums(along);
+        layers.clear();
+        for (int64_t layer = 0; layer < net.depth; layer++) {
+            float *output = place(true, tile * stride), *slope = place(backward, tile * stride);
+            float *output_along = place(along, tile * stride), *slope_along = place(along, tile * stride);
+            layers.push_back({output, slope, output_along, slope_along});
+        }
+        points = place(true, tile * net.dimensions);
+        values = place(true, tile * net.channels);
+        weights = place(true, tile);
+        outputs = place(true, tile * net.channels);
+        outputs_along = place(along, tile * net.channels);
+        scratch = place(along, tile * stride);
+        row = place(true, padded);
+        gradient = place(backward, padded);
+        hv = place(along, padded);
+        moments[0] = place(backward, padded);
+        moments[1] = place(backward, padded);
+        inverse = place(along, padded);
+        part_sums = place(parts > 1, parts * padded * sums_of_a_part());  // the last, see the constructor
+    }
+
+    static void transpose(const float* from, int64_t from_row, float* to, int64_t to_row, int64_t rows_,
+                          int64_t columns_, float scale) {
 #if defined(__SSE2__)
         if (rows_ == 4 && columns_ == 4) {
             __m128 factor = _mm_set1_ps(scale);
@@ -524,33 +652,32 @@ class Worker {
         }
     }
 
-    // Lay the row out as the products read it. Lanes beyond the width stay zero.
-    void pack(bool backward) {
+    // Lay a row out as the products read it. Lanes beyond the width stay zero.
+    void pack(const float* from_row, const Packed& to) const {
         const int64_t width = net.width;
         for (int64_t index = 0; index < net.depth; index++) {
-            Layer& layer = layers[index];
-            const float* from = row + offset(index);
+            const float* from = from_row + offset(index);
             const int64_t in = inputs(index);
-            const float scale =
-                static_cast<float>((index ? net.omega_hidden : net.omega_0) / 3.14159265358979323846);
+            const float scale = static_cast<float>(omega(index) / PI);
             for (int64_t o = 0; o < width; o += 4) {  // forward: [group of o][i][16 lanes of o]
-                float* to = layer.forward + o / LANES * in * LANES + o % LANES;
+                float* lanes = to.forward[index] + o / LANES * in * LANES + o % LANES;
                 int64_t height = std::min<int64_t>(4, width - o);
                 for (int64_t i = 0; i < in; i += 4) {
-                    transpose(from + o * in + i, in, to + i * LANES, LANES, height, std::min<int64_t>(4, in - i), scale);
+                    const int64_t columns_ = std::min<int64_t>(4, in - i);
+                    transpose(from + o * in + i, in, lanes + i * LANES, LANES, height, columns_, scale);
                 }
             }
             const float* bias = from + width * in;
             for (int64_t o = 0; o < width; o++) {
-                layer.bias[o] = scale * bias[o];
+                to.bias[index][o] = scale * bias[o];
             }
-            if (index && backward) {  // backward: [group of i][o][16 lanes of i]
-                spread(from, width, layer.backward);
+            if (to.backward[index]) {  // backward: [group of i][o][16 lanes of i]
+                spread(from, width, to.backward[index]);
             }
         }
-        const float* from = row + offset(net.depth);
-        spread(from, net.channels, last);
-        std::memcpy(last_bias, from + net.channels * width, net.channels * sizeof(float));
+        const float* from = from_row + offset(net.depth);
+        spread(from, net.channels, to.last);
+        std::memcpy(to.last_bias, from + net.channels * width, net.channels * sizeof(float));
     }
 
     // [height, width] -> [group of columns][height][16 lanes].
@@ -591,16 +718,22 @@ class Worker {
         std::fill(points + count * net.dimensions, points + filled * net.dimensions, 0.0f);
     }
 
+    // --- forward
+
+    static V zero(int64_t) { return same(0.0f); }
+
     template <bool WITH_COSINE>
     void forward(int64_t count) {
         for (int64_t index = 0; index < net.depth; index++) {
             const Layer& layer = layers[index];
             const float* before = index ? layers[index - 1].output : points;
-            const int64_t in = inputs(index), before_row = index ? stride : net.dimensions;
+            const int64_t in = inputs(index);
             const Cosine& cosine = index ? hidden : first;
-            auto start = [&](int64_t j) { return load(layer.bias + j * LANES); };
+            const int64_t before_row = index ? stride : net.dimensions;
+            const Factors factors[] = {{before, before_row, packed.forward[index], LANES, in * LANES}};
+            auto start = [&](int64_t j) { return load(packed.bias[index] + j * LANES); };
             auto done = [&](int64_t m, int64_t j, auto& sums) { activate<WITH_COSINE>(layer, cosine, m, j, sums); };
-            product<false>(count, across, in, before, before_row, layer.forward, LANES, in * LANES, start, done);
+            product<false>(count, across, in, factors, start, done);
         }
     }
 
@@ -622,20 +755,72 @@ class Worker {
         }
     }
 
+    // What `forward` computed, as derivatives along the probe. With u' = (omega / pi) (W h' + b) along the probe, they
+    // are omega cos(pi u) (pi / omega) u' for an output and -omega^2 sin(pi u) (pi / omega) u' for a slope.
+    void forward_along(int64_t count) {
+        for (int64_t index = 0; index < net.depth; index++) {
+            const Layer& layer = layers[index];
+            const int64_t in = inputs(index);
+            const V rise = same(static_cast<float>(PI / omega(index)));
+            const V fall = same(static_cast<float>(-PI * omega(index)));
+            auto start = [&](int64_t j) { return load(probe.bias[index] + j * LANES); };
+            auto finish = [&](int64_t at, V u) {
+                store(layer.output_along + at, load(layer.slope + at) * (rise * u));
+                store(layer.slope_along + at, load(layer.output + at) * (fall * u));
+            };
+            auto done = [&](int64_t m, int64_t j, auto& sums) { each(m, j, sums, finish); };
+            if (!index) {  // nothing comes in that depends on the weights
+                const Factors factors[] = {{points, net.dimensions, probe.forward[0], LANES, in * LANES}};
+                product<false>(count, across, in, factors, start, done);
+                continue;
+            }
+            const Layer& below = layers[index - 1];
+            const Factors factors[] = {{below.output, stride, probe.forward[index], LANES, in * LANES},
+                                       {below.output_along, stride, packed.forward[index], LANES, in * LANES}};
+            product<false>(count, across, in, factors, start, done);
+        }
+    }
+
+    // Call `of` with the place of each of the sums in a tile.
+    template <int M, int N, class Of>
+    INLINE void each(int64_t m, int64_t j, V (&sums)[M][N], const Of& of) const {
+        for (int row_ = 0; row_ < M; row_++) {
+            for (int column = 0; column < N; column++) {
+                of((m + row_) * stride + (j + column) * LANES, sums[row_][column]);
+            }
+        }
+    }
+
     // The linear layer: values of the tile's points.
     void evaluate(int64_t count) {
         const float* before = layers.back().output;
         for (int64_t point = 0; point < count; point++) {
             for (int64_t c = 0; c < net.channels; c++) {
-                V total = same(0.0f);
-                for (int64_t group = 0; group < across; group++) {
-                    total = fused(load(before + point * stride + group * LANES),
-                                  load(last + (group * net.channels + c) * LANES), total);
-                }
-                outputs[point * net.channels + c] = sum(total) + last_bias[c];
+                outputs[point * net.channels + c] = dot(before + point * stride, packed.last, c) + packed.last_bias[c];
             }
         }
     }
+
+    void evaluate_along(int64_t count) {
+        const Layer& top = layers.back();
+        for (int64_t point = 0; point < count; point++) {
+            for (int64_t c = 0; c < net.channels; c++) {
+                const float along = dot(top.output_along + point * stride, packed.last, c);
+                outputs_along[point * net.channels + c] =
+                    dot(top.output + point * stride, probe.last, c) + along + probe.last_bias[c];
+            }
+        }
+    }
+
+    INLINE float dot(const float* units, const float* last, int64_t channel) const {
+        V total = same(0.0f);
+        for (int64_t group = 0; group < across; group++) {
+            total = fused(load(units + group * LANES), load(last + (group * net.channels + channel) * LANES), total);
+        }
+        return sum(total);
+    }
+
+    // --- backward
 
     double total_weight(int64_t field, const int64_t* positions) const {
         if (!data.mask) {
@@ -649,26 +834,76 @@ class Worker {
         return total;
     }
 
-    // The loss of a step, and its gradient in the order of the row.
+    // The loss of a step and its gradient, in the order of the row; with ALONG its product with the probe too.
+    template <bool ALONG>
     double differentiate(int64_t field, const int64_t* positions) {
         const float share = static_cast<float>(1.0 / total_weight(field, positions));
+        if (parts == 1) {
+            const double loss = sum_part<ALONG>(field, positions, share, 0);
+            collect(gradient_sums, gradient);
+            if (ALONG) {
+                collect(product_sums, hv);
+            }
+            return loss;
+        }
+        std::vector<double> losses(parts);
+        std::atomic<int64_t> next{0};
+        auto serve = [&](Worker& worker) {
+            for (int64_t part; (part = next.fetch_add(1)) < parts;) {
+                losses[part] = worker.sum_part<ALONG>(field, positions, share, part);
+                worker.collect(worker.gradient_sums, part_sums + part * padded);
+                if (ALONG) {
+                    worker.collect(worker.product_sums, part_sums + (parts + part) * padded);
+                }
+            }
+        };
+        with_threads(static_cast<int64_t>(helpers.size()), [&](int64_t helper) { serve(*helpers[helper]); },
+                     [&] { serve(*this); });
+        add_up(part_sums, gradient);
+        if (ALONG) {
+            add_up(part_sums + parts * padded, hv);
+        }
         double loss = 0.0;
-        for (int64_t start = 0; start < data.taken; start += tile) {
-            int64_t count = std::min(tile, data.taken - start);
+        for (double of_part : losses) {
+            loss += of_part;
+        }
+        return loss;
+    }
+
+    void add_up(const float* from, float* to) const {
+        std::memcpy(to, from, size * sizeof(float));
+        for (int64_t part = 1; part < parts; part++) {
+            for (int64_t p = 0; p < size; p++) {
+                to[p] += from[part * padded + p];
+            }
+        }
+    }
+
+    // Of the points of one part: its share of the loss, and of the sums.
+    template <bool ALONG>
+    double sum_part(int64_t field, const int64_t* positions, float share, int64_t part) {
+        double loss = 0.0;
+        const int64_t begin = part * tiles / parts * tile;
+        const int64_t end = std::min(data.taken, (part + 1) * tiles / parts * tile);
+        for (int64_t start = begin; start < end; start += tile) {
+            int64_t count = std::min(tile, end - start);
             int64_t filled = rounded_up(count, ROWS);
             gather(field, positions, start, count, share);
             forward<true>(filled);
             evaluate(count);
-            loss += residuals(count);
-            std::fill(outputs + count * net.channels, outputs + filled * net.channels, 0.0f);
-            backward(filled, start == 0);
+            if (ALONG) {
+                forward_along(filled);
+                evaluate_along(count);
+            }
+            loss += residuals<ALONG>(count, filled);
+            backward<ALONG>(filled, start == begin);
         }
-        collect();
         return loss;
     }
 
-    // Outputs become the gradients of the loss with respect to them.
-    double residuals(int64_t count) {
+    // Outputs become the gradients of the loss with respect to them; of what fills up the tile they are zero.
+    template <bool ALONG>
+    double residuals(int64_t count, int64_t filled) {
         double loss = 0.0;
         const float per_channel = 2.0f / static_cast<float>(net.channels);
         for (int64_t point = 0; point < count; point++) {
@@ -678,47 +913,89 @@ class Worker {
                 const float residual = outputs[at] - values[at];
                 squares += static_cast<double>(residual) * residual;
                 outputs[at] = residual * per_channel * weights[point];
+                if (ALONG) {
+                    outputs_along[at] *= per_channel * weights[point];
+                }
             }
             loss += squares / static_cast<double>(net.channels) * weights[point];
+        }
+        std::fill(outputs + count * net.channels, outputs + filled * net.channels, 0.0f);
+        if (ALONG) {
+            std::fill(outputs_along + count * net.channels, outputs_along + filled * net.channels, 0.0f);
         }
         return loss;
     }
 
+    template <bool ALONG>
     void backward(int64_t count, bool begins) {
-        const auto zero = [](int64_t) { return same(0.0f); };
-        const auto gathered = [&](float* to, int64_t to_row) {
-            return [=](int64_t m, int64_t j, auto& sums) { add_to(to, to_row, begins, m, j, sums); };
-        };
-        const auto times_slope = [&](float* slope) {
-            return [=](int64_t m, int64_t j, auto& sums) { multiply(slope, m, j, sums); };
+        const int64_t lanes = across * LANES, channels = net.channels, width = net.width;
+        // The sums of a matrix: left^T right over the points of the tile, and along the probe the two parts of that.
+        const auto sum_up = [&](const float* left, const float* left_along, int64_t left_row, int64_t height,
+                                const float* right, const float* right_along, float* to, float* to_along) {
+            const auto done = [=](float* to_) {
+                return [=](int64_t m, int64_t j, auto& sums) { add_to(to_, lanes, begins, m, j, sums); };
+            };
+            const Factors factors[] = {{left, left_row, right, stride, LANES}};
+            product<true>(height, across, count, factors, zero, done(to));
+            if (ALONG && !left_along) {  // coordinates do not depend on the weights
+                const Factors along[] = {{left, left_row, right_along, stride, LANES}};
+                product<true>(height, across, count, along, zero, done(to_along));
+            } else if (ALONG) {
+                const Factors along[] = {{left_along, left_row, right, stride, LANES},
+                                         {left, left_row, right_along, stride, LANES}};
+                product<true>(height, across, count, along, zero, done(to_along));
+            }
         };
         const Layer& top = layers.back();
-        const int64_t lanes = across * LANES, channels = net.channels;
-        product<true>(channels, across, count, outputs, channels, top.output, stride, LANES, zero,
-                      gathered(last_gradient, lanes));
-        for (int64_t c = 0; c < channels; c++) {
-            double total = begins ? 0.0 : last_bias_gradient[c];
-            for (int64_t point = 0; point < count; point++) {
-                total += outputs[point * channels + c];
-            }
-            last_bias_gradient[c] = static_cast<float>(total);
+        sum_up(outputs, outputs_along, channels, channels, top.output, top.output_along, gradient_sums.last,
+               product_sums.last);
+        sum_outputs(outputs, count, begins, gradient_sums.last_bias);
+        if (ALONG) {
+            sum_outputs(outputs_along, count, begins, product_sums.last_bias);
         }
-        product<false>(count, across, channels, outputs, channels, last, LANES, channels * LANES, zero,
-                       times_slope(top.slope));
+        descend<ALONG>(top, count, channels, channels, outputs, outputs_along, packed.last, probe.last);
         for (int64_t index = net.depth - 1; index >= 0; index--) {
             const Layer& layer = layers[index];
-            sum_rows(layer.slope, count, begins, layer.bias_gradient);
-            if (!index) {
-                product<true>(net.dimensions, across, count, points, net.dimensions, layer.slope, stride, LANES, zero,
-                              gathered(layer.weight_gradient, lanes));  // [D, out]
+            float *to = gradient_sums.weight[index], *to_along = product_sums.weight[index];
+            sum_rows(layer.slope, count, begins, gradient_sums.bias[index]);
+            if (ALONG) {
+                sum_rows(layer.slope_along, count, begins, product_sums.bias[index]);
+            }
+            if (!index) {  // [D, out]
+                sum_up(points, nullptr, net.dimensions, net.dimensions, layer.slope, layer.slope_along, to, to_along);
                 break;
             }
-            const Layer& below = layers[index - 1];
-            product<true>(net.width, across, count, layer.slope, stride, below.output, stride, LANES, zero,
-                          gathered(layer.weight_gradient, lanes));  // [out, in]
-            product<false>(count, across, net.width, layer.slope, stride, layer.backward, LANES, net.width * LANES,
-                           zero, times_slope(below.slope));
+            const Layer& below = layers[index - 1];  // [out, in]
+            sum_up(layer.slope, layer.slope_along, stride, width, below.output, below.output_along, to, to_along);
+            descend<ALONG>(below, count, width, stride, layer.slope, layer.slope_along, packed.backward[index],
+                           probe.backward[index]);
         }
+    }
+
+    // From gradients with respect to what `height` units above take in, to those with respect to what goes into the
+    // sines of a layer, in place of its slopes.
+    template <bool ALONG>
+    void descend(const Layer& layer, int64_t count, int64_t height, int64_t above_row, const float* above,
+                 const float* above_along, const float* weights_, const float* probe_) const {
+        const Factors factors[] = {{above, above_row, weights_, LANES, height * LANES}};
+        if (!ALONG) {
+            product<false>(count, across, height, factors, zero, [&](int64_t m, int64_t j, auto& sums) {
+                each(m, j, sums, [&](int64_t at, V back) { store(layer.slope + at, load(layer.slope + at) * back); });
+            });
+            return;
+        }
+        const Factors along[] = {{above_along, above_row, weights_, LANES, height * LANES},
+                                 {above, above_row, probe_, LANES, height * LANES}};
+        product<false>(count, across, height, along, zero, [&](int64_t m, int64_t j, auto& sums) {
+            each(m, j, sums, [&](int64_t at, V back) { store(scratch + at, back); });
+        });
+        product<false>(count, across, height, factors, zero, [&](int64_t m, int64_t j, auto& sums) {
+            each(m, j, sums, [&](int64_t at, V back) {
+                const V slope = load(layer.slope + at), slope_along = load(layer.slope_along + at);
+                store(layer.slope + at, slope * back);
+                store(layer.slope_along + at, slope * load(scratch + at) + slope_along * back);
+            });
+        });
     }
 
     template <int M, int N>
@@ -731,14 +1008,13 @@ class Worker {
         }
     }
 
-    // Gradients with respect to what goes into a sine, in place of its slopes.
-    template <int M, int N>
-    INLINE void multiply(float* slope, int64_t m, int64_t j, V (&sums)[M][N]) const {
-        for (int row_ = 0; row_ < M; row_++) {
-            for (int column = 0; column < N; column++) {
-                float* at = slope + (m + row_) * stride + (j + column) * LANES;
-                store(at, load(at) * sums[row_][column]);
+    void sum_outputs(const float* from, int64_t count, bool begins, float* to) const {
+        for (int64_t c = 0; c < net.channels; c++) {
+            double total = begins ? 0.0 : to[c];
+            for (int64_t point = 0; point < count; point++) {
+                total += from[point * net.channels + c];
             }
+            to[c] = static_cast<float>(total);
         }
     }
 
@@ -755,31 +1031,32 @@ class Worker {
         }
     }
 
-    // Gradients from the groups of lanes into the order of the row.
-    void collect() {
+    // Sums from the groups of lanes into the order of the row.
+    void collect(const Sums& from, float* to_row) const {
         const int64_t width = net.width, lanes = across * LANES;
         for (int64_t index = 0; index < net.depth; index++) {
-            const Layer& layer = layers[index];
-            float* to = gradient + offset(index);
+            float* to = to_row + offset(index);
             if (index) {
                 for (int64_t o = 0; o < width; o++) {
-                    std::memcpy(to + o * width, layer.weight_gradient + o * lanes, width * sizeof(float));
+                    std::memcpy(to + o * width, from.weight[index] + o * lanes, width * sizeof(float));
                 }
             } else {
                 for (int64_t o = 0; o < width; o++) {
                     for (int64_t d = 0; d < net.dimensions; d++) {
-                        to[o * net.dimensions + d] = layer.weight_gradient[d * lanes + o];
+                        to[o * net.dimensions + d] = from.weight[0][d * lanes + o];
                     }
                 }
             }
-            std::memcpy(to + width * inputs(index), layer.bias_gradient, width * sizeof(float));
+            std::memcpy(to + width * inputs(index), from.bias[index], width * sizeof(float));
         }
-        float* to = gradient + offset(net.depth);
+        float* to = to_row + offset(net.depth);
         for (int64_t c = 0; c < net.channels; c++) {
-            std::memcpy(to + c * width, last_gradient + c * lanes, width * sizeof(float));
+            std::memcpy(to + c * width, from.last + c * lanes, width * sizeof(float));
         }
-        std::memcpy(to + net.channels * width, last_bias_gradient, net.channels * sizeof(float));
+        std::memcpy(to + net.channels * width, from.last_bias, net.channels * sizeof(float));
     }
+
+    // --- updates
 
     void adam(const Update& update, int64_t at) {
         const V beta1 = same(static_cast<float>(update.beta1)), rest1 = same(static_cast<float>(1 - update.beta1));
@@ -796,16 +1073,15 @@ class Worker {
         }
     }
 
-    void preconditioned(const Update& update, int64_t at) {
+    void preconditioned(const Update& update, int64_t at, const float* inverse_) {
         const V beta1 = same(static_cast<float>(update.beta1)), rest1 = same(static_cast<float>(1 - update.beta1));
-        const float* inverse = update.inverse_diagonal + update.diagonal_row[at] * size;
         V squares = same(0.0f);
         const int64_t whole = size / LANES * LANES;
         float tail[LANES] = {};
-        std::memcpy(tail, inverse + whole, (size - whole) * sizeof(float));
+        std::memcpy(tail, inverse_ + whole, (size - whole) * sizeof(float));
         for (int64_t p = 0; p < size; p += LANES) {
             V momentum = load(moments[0] + p) * beta1 + load(gradient + p) * rest1;
-            V direction = momentum * load(p < whole ? inverse + p : tail);
+            V direction = momentum * load(p < whole ? inverse_ + p : tail);
             store(moments[0] + p, momentum);
             store(gradient + p, direction);
             squares = squares + direction * direction;
@@ -822,35 +1098,69 @@ class Worker {
             store(row + p, load(row + p) - load(gradient + p) * factor);
         }
     }
+
+    // -1 or 1 for each param: nfscale.rng.rademacher, number for number. A word yields 32 of them.
+    void draw_probe(uint64_t seed, int64_t step, int64_t stream) {
+        for (int64_t start = 0; start < size; start += 128) {
+            const Words words = philox(seed, {{static_cast<uint32_t>(start / 128), static_cast<uint32_t>(step),
+                                               static_cast<uint32_t>(stream), 0}});
+            for (int64_t word = 0; word < 4; word++) {
+                const int64_t at = start + 32 * word;
+                for (int64_t i = 0; i < std::min<int64_t>(32, size - at); i++) {
+                    hv[at + i] = static_cast<float>(2 * static_cast<int32_t>(words.at[word] >> i & 1) - 1);
+                }
+            }
+        }
+        pack(hv, probe);
+    }
+
+    // One more probe into the running mean of (Hv)^2.
+    void accumulate(const Update& update, int64_t field) {
+        const V rest = same(static_cast<float>(1 - update.beta2));
+        for (int64_t p = 0; p < size; p += LANES) {
+            const V product_ = load(hv + p), square = load(moments[1] + p);
+            store(moments[1] + p, square + (product_ * product_ - square) * rest);
+        }
+        update.probes[field]++;
+        invert(update, field);
+    }
+
+    // 1 / (D + damping) of the field's own diagonal.
+    void invert(const Update& update, int64_t field) {
+        const double weight = 1 - std::pow(update.beta2, static_cast<double>(update.probes[field]));
+        const V factor = same(static_cast<float>(1 / weight));
+        V total = same(0.0f);
+        for (int64_t p = 0; p < size; p += LANES) {
+            const V diagonal = root(load(moments[1] + p) * factor);
+            store(inverse + p, diagonal);
+            total = total + diagonal;
+        }
+        const V floor = same(static_cast<float>(update.damping) * (sum(total) / static_cast<float>(size)));
+        for (int64_t p = 0; p < size; p += LANES) {
+            store(inverse + p, same(1.0f) / (load(inverse + p) + floor));
+        }
+    }
 };
 
-// Give each of the jobs to one of the threads, this one among them; false where memory ran out.
+// Give each of the jobs to one of the threads, this one among them; where there are fewer jobs than threads, those
+// that are left help with the points of the others. False where memory ran out.
 template <class Work>
-bool share_out(const Net& net, const Data& data, bool backward, int64_t jobs, int64_t threads, const Work& work) {
+bool share_out(const Net& net, const Data& data, Need need, int64_t jobs, int64_t threads, const Work& work) {
     std::atomic<int64_t> next{0};
     std::atomic<bool> failed{false};
-    auto serve = [&] {
-        Worker worker(net, data, backward);
+    const int64_t teams = std::max<int64_t>(1, std::min(threads, jobs));
+    auto serve = [&](int64_t team) {
+        Worker worker(net, data, need);
         if (!worker.ready()) {
             failed = true;
             return;
         }
+        worker.take_helpers(threads / teams + (team < threads % teams) - 1);
         for (int64_t job; (job = next.fetch_add(1)) < jobs;) {
             work(worker, job);
         }
     };
-    std::vector<std::thread> others;
-    try {
-        for (int64_t i = 1; i < std::min(threads, jobs); i++) {
-            others.emplace_back(serve);
-        }
-    } catch (const std::system_error&) {
-        // The machine grants no more threads: those that run do all.
-    }
-    serve();
-    for (std::thread& other : others) {
-        other.join();
-    }
+    with_threads(teams - 1, [&](int64_t other) { serve(other + 1); }, [&] { serve(0); });
     return !failed;
 }
 
@@ -862,21 +1172,30 @@ extern "C" {
 
 int nfscale_advance(const Net* net, const Data* data, const Update* update, const int64_t* fields, int64_t jobs,
                     int64_t step_count, float* rows, int64_t threads) {
-    return !share_out(*net, *data, true, jobs, threads, [=](Worker& worker, int64_t job) {
+    const Need need = update->kind == OWN_DIAGONAL ? Need::PRODUCTS : Need::GRADIENTS;
+    return !share_out(*net, *data, need, jobs, threads, [=](Worker& worker, int64_t job) {
         worker.advance(fields[job], step_count, *update, rows);
     });
 }
 
 int nfscale_gradient(const Net* net, const Data* data, int64_t jobs, const float* rows, float* losses,
                      float* gradients, int64_t threads) {
-    return !share_out(*net, *data, true, jobs, threads, [=](Worker& worker, int64_t job) {
+    return !share_out(*net, *data, Need::GRADIENTS, jobs, threads, [=](Worker& worker, int64_t job) {
         const int64_t at = job * worker.params();
         losses[job] = worker.differentiate(job, rows + at, gradients + at);
     });
 }
 
+int nfscale_product(const Net* net, const Data* data, int64_t jobs, const float* rows, const float* probes,
+                    float* losses, float* gradients, float* products, int64_t threads) {
+    return !share_out(*net, *data, Need::PRODUCTS, jobs, threads, [=](Worker& worker, int64_t job) {
+        const int64_t at = job * worker.params();
+        losses[job] = worker.differentiate_along(job, rows + at, probes + at, gradients + at, products + at);
+    });
+}
+
 int nfscale_apply(const Net* net, const Data* data, int64_t jobs, const float* rows, float* values, int64_t threads) {
-    return !share_out(*net, *data, false, jobs, threads, [=](Worker& worker, int64_t job) {
+    return !share_out(*net, *data, Need::VALUES, jobs, threads, [=](Worker& worker, int64_t job) {
         worker.apply(job, rows + job * worker.params(), values + job * data->available * net->channels);
     });
 }

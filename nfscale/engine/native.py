@@ -5,7 +5,6 @@ a field has the same bits alone, in any batch and on any number of threads, what
 """
 
 import ctypes
-import warnings
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from nfscale.engine.build import CannotBuild, compiled
 from nfscale.engine.sampling import Sampler
+from nfscale.engine.updates import Updates, updates_of
 from nfscale.fields import MLP, Field
-from nfscale.layout import Params
-from nfscale.optim import ESGD, Adam, Optimizer
+from nfscale.optim import Optimizer
 from nfscale.optim.base import State
 from nfscale.rng import Stream
 from nfscale.signals import Samples, Signal
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from nfscale.engine.calibrate import Calibration  # which takes a step itself
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_ADAM, _PRECONDITIONED = 0, 1
+_ADAM, _SHARED_DIAGONAL, _OWN_DIAGONAL = 0, 1, 2
 _STRATIFIED, _UNIFORM = 1, 2
 
 
@@ -55,8 +54,9 @@ class _Update(Structure):
     _fields_ = (
         ("kind", c_int64),
         *((name, c_void_p) for name in ("first", "second", "step_size", "correction", "longest")),
-        *((name, c_void_p) for name in ("diagonal_row", "inverse_diagonal")),
-        *((name, c_double) for name in ("beta1", "beta2", "epsilon")),
+        *((name, c_void_p) for name in ("diagonal_row", "inverse_diagonal", "probes")),
+        *((name, c_int64) for name in ("update_every", "probe_stream")),
+        *((name, c_double) for name in ("beta1", "beta2", "epsilon", "damping")),
     )
 
 
@@ -72,6 +72,7 @@ def _loaded() -> ctypes.CDLL | CannotBuild:
     net, data, update = POINTER(_Net), POINTER(_Data), POINTER(_Update)
     library.nfscale_advance.argtypes = [net, data, update, c_void_p, c_int64, c_int64, c_void_p, c_int64]
     library.nfscale_gradient.argtypes = [net, data, c_int64, c_void_p, c_void_p, c_void_p, c_int64]
+    library.nfscale_product.argtypes = [net, data, c_int64, *[c_void_p] * 5, c_int64]
     library.nfscale_apply.argtypes = [net, data, c_int64, c_void_p, c_void_p, c_int64]
     library.nfscale_positions.argtypes = [data, c_int64, c_int64, c_void_p]
     library.nfscale_positions.restype = None
@@ -95,11 +96,6 @@ def unavailable() -> str | None:
     """Why there is no library on this machine, or None; builds it where it is not built yet."""
     library = _loaded()
     return str(library) if isinstance(library, CannotBuild) else None
-
-
-@lru_cache(maxsize=1)
-def warn_once(reason: str) -> None:
-    warnings.warn(f"the native step is not available, torch's runs and takes longer: {reason}", stacklevel=4)
 
 
 def _library() -> ctypes.CDLL:
@@ -160,6 +156,19 @@ def native_gradient(field: Field, signal: Signal, rows: Tensor, samples: Samples
     return losses, gradients
 
 
+def native_gradient_and_hvp(
+    field: Field, signal: Signal, rows: Tensor, samples: Samples, probe: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [F], gradients [F, P] and Hessian-vector products [F, P] with probes [F, P]."""
+    net, count = _net(field), len(rows)
+    rows, probe, samples = _floats(rows), _floats(probe), samples.map(_floats)
+    data = _data(samples, net.dimensions, net.channels)
+    losses, gradients, products = rows.new_empty(count), torch.empty_like(rows), torch.empty_like(rows)
+    addresses = (_address(tensor) for tensor in (rows, probe, losses, gradients, products))
+    _call("nfscale_product", net, data, count, *addresses, torch.get_num_threads())
+    return losses, gradients, products
+
+
 def native_apply(field: Field, rows: Tensor) -> Apply:
     """`field.apply` of these rows of weights [F, P]: [F|1, N, D] -> [F, N, C], without gradients."""
     rows = _floats(rows)
@@ -176,11 +185,6 @@ def native_apply(field: Field, rows: Tensor) -> Apply:
         return values
 
     return apply
-
-
-def knows(optimizer: Optimizer) -> bool:
-    """Whether `native_steps` can take the steps of this optimiser; a subclass may do something else."""
-    return type(optimizer) is Adam or (type(optimizer) is ESGD and optimizer.curvature == "shared")
 
 
 def native_steps(
@@ -206,19 +210,11 @@ def native_steps(
     """
     net = _net(field)
     data, kept = _data(samples, net.dimensions, net.channels), []
+    data.seeds, data.steps = _address(seeds), _address(steps)
     if not sampler.is_full:
         kept += _draw(data, sampler, seeds, steps)
-    index = torch.arange(count)
-    every = steps[:, None] + index
-    if isinstance(optimizer, Adam):
-        tensors, scalars = _adam(optimizer, state, every, rate)
-    else:
-        assert isinstance(optimizer, ESGD), "the dispatcher leaves other optimisers to torch"
-        assert calibration is not None, "fit() refuses an optimiser that lacks its calibration"
-        # As in `Batch.advance`, curvature is looked up every so many steps since the check and holds for the others.
-        looked_up = every - index % optimizer.update_every
-        tensors, scalars = _preconditioned(optimizer, calibration, state, every, rate, looked_up)
-    update = _Update(**{name: _address(tensor) for name, tensor in tensors.items()}, **scalars)
+    updates = updates_of(optimizer, calibration, state, steps, rate, count)
+    update = _update(updates)
     moving = torch.tensor(fields, dtype=torch.int64)
     threads = torch.get_num_threads()
     _call("nfscale_advance", net, data, update, _address(moving), len(fields), count, _address(rows), threads)
@@ -249,42 +245,14 @@ def _draw(data: _Data, sampler: Sampler, seeds: Tensor, steps: Tensor) -> list[T
     return kept
 
 
-def _only(params: Params) -> Tensor:
-    (tensor,) = params.values()
-    return tensor
-
-
-def _adam(optimizer: Adam, state: State, steps: Tensor, rate: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
-    step_size, correction = optimizer.step_sizes(steps, rate[:, None])
-    tensors = {
-        "first": _only(state["mean"]),
-        "second": _only(state["square"]),
-        "step_size": step_size,
-        "correction": correction,
-    }
-    scalars = {"beta1": optimizer.beta1, "beta2": optimizer.beta2, "epsilon": optimizer.epsilon, "kind": _ADAM}
-    return tensors, scalars
-
-
-def _preconditioned(
-    optimizer: ESGD, calibration: "Calibration", state: State, steps: Tensor, rate: Tensor, looked_up: Tensor
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    row = calibration.row_at(looked_up)
-    tensors = {
-        "first": _only(state["momentum"]),
-        "step_size": optimizer.step_size(steps, rate[:, None]),
-        "correction": optimizer.correction(steps),
-        "diagonal_row": row,
-        "inverse_diagonal": _inverse(optimizer, calibration),
-    }
-    if optimizer.clip is not None:
-        tensors["longest"] = optimizer.clip * calibration.step_rms[row]
-    return tensors, {"beta1": optimizer.beta1, "kind": _PRECONDITIONED}
-
-
-def _inverse(optimizer: ESGD, calibration: "Calibration") -> Tensor:
-    """1 / (D + damping) of every row of the calibration: [U, P]."""
-    return _only(optimizer.damped({"rows": calibration.diagonal})).reciprocal()
+def _update(updates: Updates) -> _Update:
+    """Points into tensors of `updates`, which must live as long."""
+    kind = _SHARED_DIAGONAL if updates.second is None else _ADAM if updates.probes is None else _OWN_DIAGONAL
+    scalars = {name: getattr(updates, name) for name in ("beta1", "beta2", "epsilon", "damping", "update_every")}
+    names = ("first", "second", "step_size", "correction", "longest", "diagonal_row", "inverse_diagonal", "probes")
+    tensors = {name: getattr(updates, name) for name in names}
+    addresses = {name: _address(tensor) for name, tensor in tensors.items() if tensor is not None}
+    return _Update(kind=kind, probe_stream=int(Stream.PROBE), **addresses, **scalars)
 
 
 def native_sine(u: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ ESGD_SHARED = ESGD(0.5, SCHEDULE)
 ESGD_OWN = ESGD(0.05, SCHEDULE, curvature="per_field")
 
 NEEDS_COMPILER = pytest.mark.skipif(unavailable() is not None, reason=f"no native step: {unavailable()}")
-STEPS = ["plain", pytest.param("native", marks=NEEDS_COMPILER)]
+STEPS = ["plain", "torch", pytest.param("native", marks=NEEDS_COMPILER)]
 """To try a promise on every step."""
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from nfscale.engine import build, native
-from nfscale.engine.dispatch import PLAIN, chosen
+from nfscale.engine.dispatch import PLAIN, chosen, warn_once
+from nfscale.fields import MLP
 from nfscale.optim import Adam
 from nfscale.signals import Image
 from tests.engine.fits import (
@@ -50,12 +51,28 @@ class Eager(Adam):
 
 @NEEDS_COMPILER
 def test_auto_takes_the_native_step_where_it_serves():
-    for optimizer, at_once in ((ADAM, True), (ESGD_SHARED, True), (ESGD_OWN, False), (Eager(1e-3, SCHEDULE), False)):
+    for optimizer, at_once in ((ADAM, True), (ESGD_SHARED, True), (ESGD_OWN, True), (Eager(1e-3, SCHEDULE), False)):
         step = chosen("auto", CPU, FIELD, SIGNAL, optimizer)
         assert step.name == "native"
         assert (step.advance is not None) == at_once
         assert chosen("plain", CPU, FIELD, SIGNAL, optimizer) is PLAIN
     assert chosen("auto", CPU, FIELD, Renamed(1), ADAM).name == "native"
+
+
+def test_the_step_of_torch_takes_all_steps_of_the_optimisers_that_it_knows():
+    for optimizer, at_once in ((ADAM, True), (ESGD_SHARED, True), (ESGD_OWN, True), (Eager(1e-3, SCHEDULE), False)):
+        step = chosen("torch", CPU, FIELD, SIGNAL, optimizer)
+        assert step.name == "torch"
+        assert (step.advance is not None) == at_once
+    assert chosen("auto", torch.device("cuda"), MLP(2, 1, width=100), SIGNAL, ADAM).name == "torch"
+
+
+@pytest.mark.parametrize("signal", [Louder(1), RAYS])
+def test_what_the_step_of_torch_does_not_know_is_refused_where_it_is_asked_for(signal):
+    with pytest.raises(ValueError, match=f"step='torch' cannot be taken: .*{type(signal).__name__} is not"):
+        chosen("torch", CPU, FIELD, signal, ADAM)
+    with pytest.raises(ValueError, match=r"step='torch' cannot be taken: .*not on meta"):
+        chosen("torch", torch.device("meta"), FIELD, SIGNAL, ADAM)
 
 
 @pytest.mark.parametrize(
@@ -77,16 +94,16 @@ def test_an_unknown_step_is_refused_before_anything_is_read():
         raise AssertionError("the data were read")
         yield
 
-    with pytest.raises(ValueError, match="unknown step 'quick'; known steps: auto, plain, native"):
+    with pytest.raises(ValueError, match="unknown step 'quick'; known steps: auto, plain, torch, native, fused"):
         fitted(data(), step="quick")
 
 
 @NEEDS_COMPILER
 def test_a_check_says_which_step_was_taken():
     heard = {}
-    for step in ("auto", "plain", "native"):
+    for step in ("auto", "plain", "torch", "native"):
         fitted(DATA, step=step, observe=lambda check, step=step: heard.setdefault(step, set()).add(check.step))
-    assert heard == {"auto": {"native"}, "plain": {"plain"}, "native": {"native"}}
+    assert heard == {"auto": {"native"}, "plain": {"plain"}, "torch": {"torch"}, "native": {"native"}}
     fitted(ray_data(2), signal=RAYS, observe=lambda check: heard.setdefault("rays", set()).add(check.step))
     assert heard["rays"] == {"plain"}
 
@@ -98,10 +115,10 @@ def test_a_check_says_which_step_was_taken():
 def forgetful():
     """The library is looked for anew, in this test and after it."""
     native._loaded.cache_clear()
-    native.warn_once.cache_clear()
+    warn_once.cache_clear()
     yield
     native._loaded.cache_clear()
-    native.warn_once.cache_clear()
+    warn_once.cache_clear()
 
 
 def fitted_without_a_library(why: str) -> None:
@@ -111,19 +128,19 @@ def fitted_without_a_library(why: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fitted(DATA[2:], samples=16)  # once in a process is enough
-    for datum_id, result in fitted(DATA[:2], samples=16, step="plain").items():
+    for datum_id, result in fitted(DATA[:2], samples=16, step="torch").items():
         assert torch.equal(result.weights, results[datum_id].weights)
     with pytest.raises(ValueError, match=f"step='native' cannot be taken: .*{why}"):
         fitted(DATA, step="native")
 
 
-def test_without_a_compiler_the_plain_step_runs_and_says_so_once(forgetful, monkeypatch, tmp_path):
+def test_without_a_compiler_the_step_of_torch_runs_and_says_so_once(forgetful, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", str(tmp_path / "absent-c++"))
     fitted_without_a_library("there is no C.. compiler .*absent-c")
 
 
-def test_with_a_compiler_that_fails_the_plain_step_runs(forgetful, monkeypatch, tmp_path):
+def test_with_a_compiler_that_fails_the_step_of_torch_runs(forgetful, monkeypatch, tmp_path):
     failing = tmp_path / "c++"
     failing.write_text("#!/bin/sh\ncase $1 in --version) echo g++;; *) exit 1;; esac\n")
     failing.chmod(0o755)
@@ -132,7 +149,7 @@ def test_with_a_compiler_that_fails_the_plain_step_runs(forgetful, monkeypatch, 
     fitted_without_a_library("it did not compile")
 
 
-def test_an_old_processor_has_the_plain_step(forgetful, monkeypatch):
+def test_an_old_processor_has_the_step_of_torch(forgetful, monkeypatch):
     monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     fitted_without_a_library("AVX2")

@@ -1,5 +1,6 @@
 """What a field becomes is its own affair: the same bits alone, in any batch, in any order, after any neighbour."""
 
+import itertools
 import math
 
 import numpy as np
@@ -17,7 +18,6 @@ from tests.engine.fits import (
     ESGD_OWN,
     ESGD_SHARED,
     FIELD,
-    NEEDS_COMPILER,
     SCHEDULE,
     SEED,
     SIGNAL,
@@ -77,10 +77,10 @@ def test_no_bit_depends_on_the_batch_for_other_layouts(width, depth, channels, s
         assert_same_bits(alone[datum_id], result)
 
 
-@NEEDS_COMPILER
 @pytest.mark.parametrize("width", [1, 13, 18, 33])
-def test_no_bit_depends_on_the_batch_for_any_width_in_native_steps(width):
-    together, alone = fits_together_and_alone(width, 2, 1, 11, "native")
+@pytest.mark.parametrize("step", STEPS[1:])
+def test_no_bit_depends_on_the_batch_for_any_width_but_in_plain_steps(width, step):
+    together, alone = fits_together_and_alone(width, 2, 1, 11, step)
     for datum_id, result in together.items():
         assert_same_bits(alone[datum_id], result)
 
@@ -202,8 +202,8 @@ def test_no_data_give_no_fields():
 def test_wall_seconds_are_the_clocks_divided_among_the_fields():
     ticks = iter(range(10_000))
     results = fitted(DATA, batch=2, clock=lambda: float(next(ticks)))
-    # Two readings around each of the two segments of each batch of 2, 2 and 1 fields: 1 second a segment.
-    assert [results[datum_id].wall_seconds for datum_id, _ in DATA] == [1.0, 1.0, 1.0, 1.0, 2.0]
+    # Three readings in each of the two segments of each batch of 2, 2 and 1 fields: 2 seconds a segment.
+    assert [results[datum_id].wall_seconds for datum_id, _ in DATA] == [2.0, 2.0, 2.0, 2.0, 4.0]
     assert all(result.wall_seconds == 0 for result in fitted(DATA[:1]).values())
 
 
@@ -212,6 +212,10 @@ def test_the_observer_hears_of_every_check():
     fitted(DATA, batch=2, step="plain", observe=heard.append)
     active_and_finished = [(2, 0), (2, 2), (2, 0), (2, 2), (1, 0), (1, 1)]
     assert heard == [Check(active, finished, 20 * active, "plain") for active, finished in active_and_finished]
+    heard.clear()
+    ticks = itertools.accumulate(itertools.cycle([100, 3, 5]))  # outside, in the steps, in the check
+    fitted(DATA, batch=2, observe=heard.append, clock=lambda: float(next(ticks)))
+    assert [(check.step_seconds, check.check_seconds) for check in heard] == [(3.0, 5.0)] * 6
 
 
 def test_optimisers_by_name_see_what_optimisers_by_row_see():

@@ -12,9 +12,15 @@ import pytest
 import torch
 
 from nfscale.engine import Stop, calibrate, fit
-from nfscale.engine.native import native_apply, native_gradient, native_positions, native_sine
+from nfscale.engine.native import (
+    native_apply,
+    native_gradient,
+    native_gradient_and_hvp,
+    native_positions,
+    native_sine,
+)
 from nfscale.engine.sampling import Sampler
-from nfscale.engine.step import evaluate, plain_apply, plain_gradient
+from nfscale.engine.step import evaluate, plain_apply, plain_gradient, plain_gradient_and_hvp
 from nfscale.fields import MLP, theta0_of
 from nfscale.optim import ESGD, Adam, Schedule
 from nfscale.rng import as_tensor, datum_seed
@@ -70,6 +76,49 @@ def test_the_gradient_is_that_of_autograd(dimensions, channels):
         for entry in field.layout.entries:  # no tensor hides behind a larger one
             part = slice(entry.offset, entry.offset + entry.size)
             assert float((gradients - expected)[:, part].norm() / expected[:, part].norm()) < 3 * bound, entry.name
+
+
+def signs(like: torch.Tensor) -> torch.Tensor:
+    return torch.randint(0, 2, like.shape, generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
+
+
+@pytest.mark.parametrize(("dimensions", "channels"), [(1, 1), (2, 3), (3, 8)])
+def test_the_product_with_the_hessian_is_that_of_double_backward(dimensions, channels):
+    """In float64, so that what is measured is the rounding of the native step alone."""
+    for width, depth, count, masked in itertools.product((1, 13, 32, 100), (1, 2, 4), (1, 7, 256), (False, True)):
+        field = MLP(dimensions, channels, width=width, depth=depth)
+        rows, samples = rows_of(field), random_samples(dimensions, channels, count, masked)
+        signal, probe = Image(channels), signs(rows)
+        losses, gradients, products = native_gradient_and_hvp(field, signal, rows, samples, probe)
+        exact = samples.map(lambda tensor: tensor.double())
+        expected = plain_gradient_and_hvp(field, signal, rows.double(), exact, probe.double())
+        torch.testing.assert_close(losses.double(), expected[0], rtol=1e-5, atol=0)
+        bound = 2e-5 if width > 1 else 1e-3  # as above; the product squares what a chain multiplies
+        for found, right in ((gradients, expected[1]), (products, expected[2])):
+            assert float((found - right).norm() / right.norm()) < bound, (width, depth, count, masked)
+            for entry in field.layout.entries:
+                part = slice(entry.offset, entry.offset + entry.size)
+                scale = right[:, part].norm() + 1e-6 * right.norm()
+                assert float((found - right)[:, part].norm() / scale) < 5 * bound, (entry.name, width, depth)
+
+
+def test_threads_that_share_a_field_give_the_same_bits():
+    """Fewer fields than threads, of enough points that they are summed up in parts."""
+    for fields, count in ((1, 30_000), (2, 9_001)):
+        field, samples = MLP(2, 3, width=32, depth=2), random_samples(2, 3, count, True, fields)
+        rows = rows_of(field, fields)
+        found = []
+        try:
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                found.append(native_gradient_and_hvp(field, Image(3), rows, samples, signs(rows)))
+        finally:
+            torch.set_num_threads(1)
+        for other in found[1:]:
+            assert all(torch.equal(ours, one) for ours, one in zip(other, found[0], strict=True))
+        expected = plain_gradient_and_hvp(field, Image(3), rows, samples, signs(rows))
+        for ours, right in zip(found[0], expected, strict=True):
+            assert float((ours - right).norm() / right.norm()) < 1e-5
 
 
 def test_a_wide_field_of_many_points_goes_through_in_tiles():
@@ -158,7 +207,11 @@ def test_fits_reach_what_plain_steps_reach(kind, sampling, masked):
         assert native[datum_id].history_quality[0] == pytest.approx(result.history_quality[0], abs=1e-3)
 
 
-@pytest.mark.parametrize("optimizer", [Adam(0.005, SCHEDULE), ESGD_SHARED], ids=["adam", "esgd-shared"])
+OWN = ESGD(0.05, SCHEDULE, curvature="per_field", update_every=2)
+OPTIMIZERS = {"adam": Adam(0.005, SCHEDULE), "esgd-shared": ESGD_SHARED, "esgd-per_field": OWN}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 def test_the_first_steps_are_those_of_plain_steps(optimizer):
     """Before rounding has grown: rates, corrections, diagonals and bounds are the same numbers."""
     stop = Stop(3, check_every=3)
@@ -194,10 +247,14 @@ def test_any_number_of_threads_gives_the_same_bits():
         assert_same_bits(three[datum_id], result)
 
 
-def test_the_steps_of_two_checks_are_those_of_one():
+@pytest.mark.parametrize("optimizer", [Adam(0.005, SCHEDULE), OWN], ids=["adam", "esgd-per_field"])
+def test_the_steps_of_two_checks_are_those_of_one(optimizer):
     for samples in ("full", 16):
-        seldom = fitted(DATA, samples=samples, stop=Stop(40, check_every=40), step="native")
-        for datum_id, result in fitted(DATA, samples=samples, stop=Stop(40, check_every=8), step="native").items():
+        seldom, often = (
+            fitted(DATA, optimizer, samples=samples, stop=Stop(40, check_every=every), step="native")
+            for every in (40, 8)
+        )
+        for datum_id, result in often.items():
             if result.quality == result.history_quality[-1]:
                 assert torch.equal(result.weights, seldom[datum_id].weights)
 
