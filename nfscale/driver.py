@@ -168,6 +168,13 @@ class Summary:
     """Of this driver, first lease to last commit."""
     fitted_here: int = 0
     """Fields that this driver's workers committed."""
+    workers: int = 0
+    """That had a lease of this driver."""
+    spent: dict[str, float] = field(default_factory=dict)
+    """Wall seconds of these workers by what they went into, see `Commit.spent`; all of theirs are
+    `seconds` times `workers`."""
+    first_lease_at: float | None = None
+    """By `time.monotonic`."""
     was_complete: bool = False
 
     @property
@@ -263,7 +270,7 @@ def _serve(folder: RunFolder, plan: Plan, pool: Pool, observers: Sequence[Observ
         first_lease=max((commit.order for commit in commits), default=-1) + 1,
     )
     summary = Summary(str(folder), job.name)
-    started: float | None = None
+    workers: set[str] = set()
     leases: dict[str, Lease] = {}
     beaten = 0.0
     while not coordinator.finished:
@@ -274,8 +281,9 @@ def _serve(folder: RunFolder, plan: Plan, pool: Pool, observers: Sequence[Observ
             raise EncodeError(coordinator.fatal)
         for worker in pool.idle():
             if lease := coordinator.lease(worker):
-                started = started or time.monotonic()
+                summary.first_lease_at = summary.first_lease_at or time.monotonic()
                 leases[worker] = lease
+                workers.add(worker)
                 pool.start(lease)
         for event in pool.poll(_POLL_SECONDS):
             match event:
@@ -284,8 +292,12 @@ def _serve(folder: RunFolder, plan: Plan, pool: Pool, observers: Sequence[Observ
                         observer.on_progress(progress)
                 case Succeeded(worker, report):
                     coordinator.succeeded(leases.pop(worker))
+                    if report is None:
+                        summary.spent["calibration"] = time.monotonic() - (summary.first_lease_at or 0.0)
                     if report is not None and report.won:
                         summary.fitted_here += report.commit.rows
+                        for what, seconds in report.commit.spent.items():
+                            summary.spent[what] = summary.spent.get(what, 0.0) + seconds
                         for observer in observers:
                             observer.on_commit(report.commit)
                 case Failed(worker, failure, message):
@@ -293,7 +305,8 @@ def _serve(folder: RunFolder, plan: Plan, pool: Pool, observers: Sequence[Observ
                         coordinator.failed(lease, failure, message)
         for observer in observers:
             observer.on_tick()
-    summary.seconds = time.monotonic() - started if started else 0.0
+    summary.seconds = time.monotonic() - summary.first_lease_at if summary.first_lease_at else 0.0
+    summary.workers = len(workers)
     rows = sum(commit.rows for commit in folder.commits())
     if rows != plan.data_count:
         raise EncodeError(f"the commits hold {rows} rows of {plan.data_count} data; `nfscale verify` says which")

@@ -10,8 +10,8 @@ import os
 import platform
 import time
 import uuid
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,10 +22,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from nfscale.ahead import ahead
 from nfscale.datasets import Dataset, Datum, seeded_sample
 from nfscale.datasets.base import ids_digest
-from nfscale.engine import Calibration, Fitted, calibrate, fit
-from nfscale.engine.dispatch import PLAIN, chosen
+from nfscale.engine import Calibration, Check, Fitted, calibrate, fit
+from nfscale.engine.dispatch import StepName, chosen
 from nfscale.engine.step import evaluate, predicted_at, stack_samples
 from nfscale.errors import CallerError, EncodeError, OutputError
 from nfscale.fields import Field, theta0_of
@@ -34,6 +35,7 @@ from nfscale.media import MEDIA, Medium
 from nfscale.optim import Optimizer
 from nfscale.rng import datum_seed
 from nfscale.signals import SIGNALS, Kind, Samples, Signal
+from nfscale.signals.base import Apply
 from nfscale.store.run_folder import Commit, Plan, RunFolder, Shard
 from nfscale.store.schema import OK_STATUSES, STATUS, LabelType, Row, restored, stored, to_table, write_parquet
 from nfscale.store.table import built
@@ -201,11 +203,10 @@ class OpenRun:
             raise EncodeError("the field of this nfscale has another layout than the run's; use the run's version")
 
     @cached_property
-    def is_measured_as_read(self) -> bool:
-        """Whether what a fit measures is what readers find: its step is the plain one, and storage rounds nothing."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # what `fit` takes
-        step = chosen(self.job.fit.step, device, self.field, self.signal, self.optimizer)
-        return step is PLAIN and self.plan.dtype == "float32"
+    def apply(self) -> Callable[[Field, Tensor], Apply]:
+        """The fastest evaluation of fields in this process, equal to `plain_apply` but for rounding."""
+        step: StepName = "plain" if self.job.fit.step == "plain" else "auto"  # the fit's own may be of a GPU
+        return chosen(step, torch.device("cpu"), self.field, self.signal, self.optimizer).apply
 
     @property
     def medium(self) -> Medium:
@@ -322,14 +323,13 @@ def encode_shard(
     """
     started = time.perf_counter()
     rows: dict[str, Row] = {}
-    fit_seconds = 0.0
+    spent = _Spent()
     former = run.folder.commit_of(shard) if shard.again else None
     kept = None if former is None else _ok_rows(run, former)
     known = set() if kept is None else set(kept["datum_id"].to_pylist())
     if quarantine is None:
-        for finished in _fitted(run, shard, attempt, rows, known):
+        for finished in _fitted(run, shard, attempt, rows, known, spent):
             yield Progress(shard.name, [f.quality for f in finished])
-        fit_seconds = sum(row.wall_seconds or 0.0 for row in rows.values())
     else:
         for position in range(shard.start, shard.stop):
             datum_id = run.dataset.ids[position]
@@ -339,12 +339,14 @@ def encode_shard(
             index = run.dataset.index_of(position)
             rows[datum_id] = Row(datum_id, index, "crashed", shard.index, attempt, seed, reason=quarantine)
     name = run.folder.data_file(shard, attempt)
-    table = to_table(list(rows.values()), run.plan.table_schema(), run.plan.theta0)
-    if kept is not None:
-        table = pa.concat_tables([kept, table], promote_options="none")
-    table = table.sort_by("index")
-    _write(run, shard, table, name)
-    commit = _commit_of(run, shard, table, name, attempt, order, worker, started, fit_seconds)
+    with spent.on("writing"):
+        table = to_table(list(rows.values()), run.plan.table_schema(), run.plan.theta0)
+        if kept is not None:
+            table = pa.concat_tables([kept, table], promote_options="none")
+        table = table.sort_by("index")
+        _write(run, shard, table, name)
+        checksum = run.folder.files.sha256(name)
+    commit = _commit_of(run, shard, table, name, checksum, attempt, order, worker, started, spent)
     with _output(run, name):
         won = run.folder.commit(commit) if former is None else run.folder.recommit(commit)
     if not won:
@@ -354,34 +356,82 @@ def encode_shard(
     yield ShardReport(commit, won)
 
 
+class _Spent:
+    """Wall seconds of a shard by what they went into, see `Commit.spent`."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - before
+
+    def on_check(self, check: Check) -> None:
+        self.seconds["steps"] += check.step_seconds
+        self.seconds["checks"] += check.check_seconds
+
+
 def _ok_rows(run: OpenRun, commit: Commit) -> pa.Table:
     """The rows of a committed shard that need no other attempt."""
     table = pq.read_table(run.folder.files.source(commit.file)).cast(run.plan.table_schema())
     return table.filter(STATUS.isin(OK_STATUSES))
 
 
-def _fitted(run: OpenRun, shard: Shard, attempt: str, rows: dict[str, Row], known: set[str]) -> Iterator[list[Fitted]]:
+@dataclass(frozen=True)
+class _Read:
+    """A datum of a shard, and its samples if it has any."""
+
+    row: Row
+    content: Any = None
+    samples: Samples | None = None
+
+    @property
+    def bytes(self) -> int:
+        """What it takes in memory, about."""
+        return getattr(self.content, "nbytes", 0) + (0 if self.samples is None else self.samples.bytes)
+
+
+def _read(run: OpenRun, shard: Shard, attempt: str, known: set[str]) -> Iterator[_Read]:
+    """The data of a shard but for those that are `known`."""
+    for position in range(shard.start, shard.stop):
+        if run.dataset.ids[position] in known:
+            continue
+        datum = run.dataset.read(position)
+        seed = datum_seed(run.job.seed, datum.id)
+        label = _label(datum, run.plan.label_type)
+        row = Row(datum.id, datum.index, "decode_error", shard.index, attempt, seed, datum.split, label)
+        prepared = _prepared(run.signal, datum)
+        if isinstance(prepared, str):
+            row.reason = prepared
+            yield _Read(row)
+            continue
+        row.metrics = run.signal.measures(datum.content)
+        if datum.repeat:
+            row.metrics["repeat"] = float(datum.repeat)
+        yield _Read(row, datum.content, prepared)
+
+
+def _fitted(
+    run: OpenRun, shard: Shard, attempt: str, rows: dict[str, Row], known: set[str], spent: _Spent
+) -> Iterator[list[Fitted]]:
     """Fit the shard but for the `known` data, filling `rows`; yields the fields that finished since it last did."""
     in_work: dict[str, tuple[Any, Samples]] = {}
 
     def data() -> Iterator[tuple[str, Samples]]:
-        for position in range(shard.start, shard.stop):
-            if run.dataset.ids[position] in known:
-                continue
-            datum = run.dataset.read(position)
-            seed = datum_seed(run.job.seed, datum.id)
-            label = _label(datum, run.plan.label_type)
-            row = Row(datum.id, datum.index, "decode_error", shard.index, attempt, seed, datum.split, label)
-            rows[datum.id] = row
-            prepared = _prepared(run.signal, datum)
-            if isinstance(prepared, str):
-                row.reason = prepared
-            else:
-                row.metrics = run.signal.measures(datum.content)
-                if datum.repeat:
-                    row.metrics["repeat"] = float(datum.repeat)
-                in_work[datum.id] = datum.content, prepared
-                yield datum.id, prepared
+        with contextlib.closing(ahead(_read(run, shard, attempt, known), lambda read: read.bytes)) as coming:
+            while True:
+                with spent.on("reading"):
+                    read = next(coming, None)
+                if read is None:
+                    return
+                rows[read.row.datum_id] = read.row
+                if read.samples is not None:
+                    in_work[read.row.datum_id] = read.content, read.samples
+                    yield read.row.datum_id, read.samples
 
     job = run.job
     theta0 = run.theta0
@@ -399,13 +449,15 @@ def _fitted(run: OpenRun, shard: Shard, attempt: str, rows: dict[str, Row], know
         batch=job.fit.batch,
         step=job.fit.step,
         clock=time.perf_counter,
+        observe=spent.on_check,
     )
     together: list[Fitted] = []
     unmeasured: list[Row] = []
     reported = time.perf_counter()
 
     def measure() -> None:
-        _measure(run, [(row, *in_work.pop(row.datum_id)) for row in unmeasured])
+        with spent.on("measuring"):
+            _measure(run, [(row, *in_work.pop(row.datum_id)) for row in unmeasured])
         unmeasured.clear()
 
     for fitted in fields:
@@ -439,20 +491,23 @@ def _fill(row: Row, fitted: Fitted) -> None:
 
 
 def _measure(run: OpenRun, data: list[tuple[Row, Any, Samples]]) -> None:
-    """Record what readers of the stored weights will find: loss and quality, and further measures.
+    """Record what readers of the stored weights will find: further measures, and where storage rounds loss and quality.
 
-    Readers decode by the plain step, and from weights that storage may have rounded.
+    What fits measure themselves is measured in float32, whatever their steps compute in, as readers do it.
     """
     by_kind: dict[Kind, list[tuple[Row, Samples]]] = {}
+    by_shape: dict[tuple[Any, ...], list[tuple[Row, Any]]] = {}
     for row, content, samples in data:
-        assert row.weights is not None, "it was fitted a moment ago"
         by_kind.setdefault(samples.kind, []).append((row, samples))
         original = run.signal.original(content)
         if run.medium.measurable(original):
-            shape = run.signal.shape_of(row.metrics)
-            values = predicted_at(run.field, run.signal, _as_stored(run, [row]), run.signal.coordinates(shape))
-            row.metrics |= run.medium.measures(original, run.signal.reconstruct(values, shape)[0])
-    if run.is_measured_as_read:
+            by_shape.setdefault(run.signal.shape_of(row.metrics), []).append((row, original))
+    for shape, shown in by_shape.items():
+        weights = _as_stored(run, [row for row, _ in shown])
+        values = predicted_at(run.field, run.signal, weights, run.signal.coordinates(shape), run.apply)
+        for (row, original), rebuilt in zip(shown, run.signal.reconstruct(values, shape), strict=True):
+            row.metrics |= run.medium.measures(original, rebuilt)
+    if run.plan.dtype == "float32":
         return
     for group in by_kind.values():
         alike = group if len(group) > 1 else group * 2  # a lone field rounds differently, see field_chunks
@@ -508,11 +563,12 @@ def _commit_of(
     shard: Shard,
     table: pa.Table,
     name: str,
+    checksum: str,
     attempt: str,
     order: int,
     worker: str,
     started: float,
-    fit_seconds: float,
+    spent: "_Spent",
 ) -> Commit:
     qualities = table["quality"].drop_null().to_numpy()
     qualities = qualities[np.isfinite(qualities)]
@@ -529,13 +585,14 @@ def _commit_of(
         file=name,
         rows=len(table),
         bytes=run.folder.files.size(name) or 0,
-        sha256=run.folder.files.sha256(name),
+        sha256=checksum,
         attempt=attempt,
         order=order,
         worker=worker,
         committed_at=time.time(),
         seconds=time.perf_counter() - started,
-        fit_seconds=fit_seconds,
+        fit_seconds=spent.seconds["steps"] + spent.seconds["checks"],
+        spent=dict(spent.seconds),
         counts=dict(Counter(table["status"].to_pylist())),
         quality=quality,
         steps_mean=float(steps.mean()) if len(steps) else 0.0,

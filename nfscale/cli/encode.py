@@ -36,10 +36,10 @@ def encode(
 
     Example: `nfscale encode pipelines/digits.yaml output=runs/digits fit.max_steps=500 workers=2`
     """
+    started = time.monotonic()
     console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
     job = load_job(job_file, overrides)
     folder, plan = open_run(job, _device())
-    started = time.monotonic()
     whole = folder.is_complete and folder.has_report and (not job.track.enabled or folder.is_tracked)
     whole = whole and (not job.store.ipc_copy or folder.files.size(IPC_COPY) is not None)
     if whole and not (retry_failed and any(commit.failed for commit in folder.commits())):
@@ -48,7 +48,7 @@ def encode(
     else:
         summary = _encode(job, folder, plan, console, retry_failed)
     figures = _figures(folder, summary, job.track.enabled)
-    figures["wall_seconds"] = time.monotonic() - started
+    figures |= _seconds(summary, started)
     write_json(json_file, figures)
     _print_summary(console, figures)
     if summary.failed > job.max_failed_fraction * max(summary.fields, 1):
@@ -123,9 +123,20 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _seconds(summary: Summary, started: float) -> dict[str, float]:
+    """Of this command: all, before its first lease, and after its last commit."""
+    now = time.monotonic()
+    seconds = {"wall_seconds": now - started}
+    if summary.first_lease_at is not None:
+        seconds["starting_seconds"] = summary.first_lease_at - started
+        seconds["finishing_seconds"] = now - summary.first_lease_at - summary.seconds
+    return seconds
+
+
 def _figures(folder: RunFolder, summary: Summary, tracked: bool) -> dict:
     """What the command reports, on the screen and as JSON."""
     figures = asdict(summary) | {"fields_per_second": summary.fields_per_second}
+    del figures["first_lease_at"]  # by a clock of this process
     figures |= folder.review_figures()
     figures["table"] = folder.files.place("data")
     figures["tracking_uri"] = tracking_uri(folder) if tracked else None
@@ -142,6 +153,8 @@ def _print_summary(console: Console, figures: dict) -> None:
     if not figures["was_complete"]:
         speed = f"{figures['seconds']:.1f} s, {figures['fields_per_second']:.2f} fields/s"
         console.print(f"fields    {figures['fitted_here']:,} in {speed}")
+        if "starting_seconds" in figures:
+            console.print(f"time      {_time_text(figures)}")
     console.print(f"rows      {figures['fields']:,}: {percentages(figures['counts'])}")
     if "quality_median" in figures:
         console.print(
@@ -154,3 +167,13 @@ def _print_summary(console: Console, figures: dict) -> None:
     console.print(f"report    {figures['report']}")
     if uri := figures["tracking_uri"]:
         console.print(f"MLflow    {uri}  (mlflow ui --backend-store-uri {uri})")
+
+
+def _time_text(figures: dict) -> str:
+    """Where the workers' time went, from the first lease to the last commit, and what came before and after."""
+    whole = figures["workers"] * figures["seconds"]
+    parts = [f"{what} {100 * seconds / whole:.0f} %" for what, seconds in figures["spent"].items() if whole]
+    return (
+        f"of {figures['workers']} workers: {', '.join(parts) or 'none'}; {figures['starting_seconds']:.1f} s before "
+        f"the first lease, {figures['finishing_seconds']:.1f} s after the last commit"
+    )

@@ -60,6 +60,12 @@ class Samples:
         )
 
     @property
+    def bytes(self) -> int:
+        """In memory, all parts."""
+        parts = [getattr(self, member.name) for member in fields(self)]
+        return sum(part.bytes if isinstance(part, Samples) else part.nbytes for part in parts if part is not None)
+
+    @property
     def measured(self) -> "Samples":
         """The samples on which loss and quality are measured."""
         return self if self.check is None else self.check

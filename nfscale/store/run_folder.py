@@ -158,6 +158,9 @@ class Commit:
     """mean, p05, p50, p95 over the rows that have one; empty where none has."""
     steps_mean: float
     """Over the rows that were fitted."""
+    spent: dict[str, float] = field(default_factory=dict)
+    """Parts of `seconds`: optimiser `steps`, `checks` between them, waiting for data that are not read yet
+    (`reading`), `measuring` the rows as readers decode them, and `writing` them."""
 
     @property
     def failed(self) -> int:
