@@ -19,7 +19,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from nfscale.engine import fused, handwritten, native
+from nfscale.engine import fused, fused_trial, handwritten, native
 from nfscale.engine.step import plain_apply, plain_gradient, plain_gradient_and_hvp
 from nfscale.engine.updates import knows
 from nfscale.fields import Field
@@ -88,6 +88,8 @@ def _fused(
     if why := fused.refusal(device, field, signal):
         return why
     if why := fused.unavailable(device):
+        return _missed("fused", why, by_itself)
+    if by_itself and (why := fused_trial.disagreement(device, field, signal)):
         return _missed("fused", why, by_itself)
     advance = fused.fused_steps if knows(optimizer) else None
     with_hvp = fused.fused_gradient_and_hvp if fused.has_curvature(field) else handwritten.handwritten_gradient_and_hvp

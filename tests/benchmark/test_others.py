@@ -1,6 +1,7 @@
 """The rows of `esgd`, `fit` and `gpu` follow from what was measured."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,23 @@ def test_refill_and_lockstep_take_the_same_steps(tmp_path):
     assert row["time_ratio"] == pytest.approx(row["refill_s"] / row["lockstep_s"])
     assert (row["fields"], row["slots"]) == (7, 3)
     assert 0 < row["steps_mean"] / row["steps_longest"] <= row["steps_ratio"] <= 1
+
+
+def test_an_encode_is_taken_apart(tmp_path):
+    job = Path(__file__).parents[2] / "pipelines" / "digits.yaml"
+    small = ["dataset.limit=40", "fit.max_steps=100", "fit.target=10", "workers=0"]
+    path = tmp_path / "rows.json"
+    main(["encode", str(job), *small, "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    parts = {row["part"]: row for row in rows}
+    assert {"calibration", "reading", "steps", "checks", "writing", "waiting", "starting", "finishing"} <= set(parts)
+    assert sum(row["share"] for row in rows if row["share"] is not None) == pytest.approx(1)
+    assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_an_encode_without_a_job_is_the_callers_mistake():
+    with pytest.raises(CallerError, match=r"no job file 'none.yaml'"):
+        main(["encode", "none.yaml"])
 
 
 def test_fits_that_differ_are_refused(monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nfscale.engine import Calibration, Stop, dispatch, fit, fused
+from nfscale.engine import Calibration, Stop, dispatch, fit, fused, fused_trial
 from nfscale.engine.batch import Batch, Slot
 from nfscale.engine.dispatch import PLAIN, chosen
 from nfscale.engine.sampling import Sampler
@@ -424,6 +424,7 @@ def test_what_the_fused_step_does_not_know_is_refused_where_it_is_asked_for(devi
 
 def test_auto_takes_the_fused_step_on_a_gpu_where_it_is_fast(monkeypatch):
     monkeypatch.setattr(fused, "unavailable", lambda device: None)
+    monkeypatch.setattr(fused_trial, "disagreement", lambda *tried: None)
     for optimizer, at_once in ((ADAM, True), (ESGD_OWN, False)):
         step = chosen("auto", CUDA, served(), SIGNAL, optimizer)
         assert step.name == "fused"
@@ -433,6 +434,38 @@ def test_auto_takes_the_fused_step_on_a_gpu_where_it_is_fast(monkeypatch):
     assert wide.gradient is fused.fused_gradient
     assert wide.gradient_and_hvp is not fused.fused_gradient_and_hvp
     assert chosen("auto", CUDA, served(width=128), SIGNAL, ADAM).name != "fused"
+
+
+def test_auto_takes_another_step_where_the_fused_one_is_wrong(monkeypatch):
+    dispatch.warn_once.cache_clear()
+    monkeypatch.setattr(fused, "unavailable", lambda device: None)
+    monkeypatch.setattr(fused_trial, "disagreement", lambda *tried: "on this device two runs of it differ")
+    with pytest.warns(UserWarning, match="the fused step is not available, .*two runs of it differ"):
+        assert chosen("auto", CUDA, served(), SIGNAL, ADAM).name == "torch"
+    assert chosen("fused", CUDA, served(), SIGNAL, ADAM).name == "fused", "where it is asked for"
+
+
+@interpreted
+def test_the_trial_on_a_device_tells_right_from_wrong():
+    field = served(width=16)
+    right = fused.fused_gradient, fused.fused_steps
+
+    def verdict(gradient=right[0], steps=right[1]) -> str | None:
+        fused_trial.disagreement.cache_clear()
+        fused.fused_gradient, fused.fused_steps = gradient, steps
+        try:
+            return fused_trial.disagreement(CPU, field, SIGNAL)
+        finally:
+            fused.fused_gradient, fused.fused_steps = right
+
+    def failing(*arguments):
+        raise RuntimeError("no kernel image is available")
+
+    assert verdict() is None
+    assert "gradients differ from the plain step's by" in verdict(gradient=lambda *a: (None, 1.1 * right[0](*a)[1]))
+    assert "its steps differ" in verdict(steps=lambda *arguments: None)
+    assert "two runs of it differ" in verdict(steps=lambda *a: a[4].add_(torch.rand_like(a[4]) * 1e-6))
+    assert verdict(gradient=failing) == "on this device it fails with RuntimeError: no kernel image is available"
 
 
 def test_without_triton_another_step_runs_and_says_so_once(monkeypatch):

@@ -121,7 +121,7 @@ def test_a_field_decodes_at_any_shape(run):
     assert (alone == table.decode(some, (5, 11))[:1]).all(), "the same alone and among others"
     assert (table.decode(some, "5x11") == table.decode(some, (5, 11))).all()
     assert table.shapes(some, "5x11") == [(5, 11)] * 3
-    with pytest.raises(CallerError, match="shape: .*'5-11'"):
+    with pytest.raises(CallerError, match=r"shape: .*'5-11'"):
         table.decode(some, "5-11")
 
 
