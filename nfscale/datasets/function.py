@@ -50,6 +50,8 @@ class Function:
 class FunctionDataset(Dataset):
     """Items of the user's object; what asking for one raises is the datum's error."""
 
+    is_thread_bound = True  # the user's object may be bound to its thread, as connections of SQLite are
+
     def __init__(self, made: Any, count: int, target: str) -> None:
         self._made, self._count, self._target = made, count, target
         refuse_duplicates(self.ids, f"dataset.target, ids of {target}")

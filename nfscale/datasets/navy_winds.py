@@ -44,6 +44,8 @@ class NavyWinds:
 class NavyWindsDataset(Dataset):
     """Ids are `YEAR-MONTH`."""
 
+    is_thread_bound = True  # as that of all NetCDF files
+
     def __init__(self, path: Path) -> None:
         self._path = path
 

@@ -100,6 +100,8 @@ class NetCdf:
 class NetCdfDataset(Dataset):
     """The maps of the files, one file after the other."""
 
+    is_thread_bound = True  # its library must not even close a file in one thread while another reads
+
     def __init__(self, opened: "_OpenFiles", parts: "list[_Part]", missing: float | None) -> None:
         self._opened, self._parts, self._missing = opened, parts, missing
         self._stops = list(accumulate(part.maps for part in parts))

@@ -54,6 +54,8 @@ class UpperWinds:
 class UpperWindsDataset(Dataset):
     """Ids are the months, `01` to `12`."""
 
+    is_thread_bound = True  # as that of all NetCDF files
+
     def __init__(self, paths: dict[str, Path]) -> None:
         self._paths = paths
 

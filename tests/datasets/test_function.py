@@ -50,6 +50,22 @@ class FewIds(Named):
 def items(**given):
     return [{"array": "a string"}, {"label": 1}, {"array": np.array(["x"])}, {"array": np.ones(2), "label": 0.5}, None]
 
+def stored():
+    import sqlite3
+
+    database = sqlite3.connect(":memory:")  # refuses to be used in another thread
+    database.execute("create table images (number integer)")
+    database.executemany("insert into images values (?)", [(n,) for n in range(6)])
+
+    class Rows:
+        def __len__(self):
+            return 6
+        def __getitem__(self, index):
+            (number,) = database.execute("select number from images where number = ?", (index,)).fetchone()
+            return np.full((3, 3), 40 * number, np.uint8)
+
+    return Rows()
+
 def nothing():
     return None
 
@@ -117,7 +133,7 @@ def test_ids_may_come_from_the_items(module):
         ("../evil:f", r"dataset.target is module:name"),
         ("no_such_module_here:f", r"No module named 'no_such_module_here'; modules are looked up"),
         ("nfscale_test_broken:f", r"importing 'nfscale_test_broken': ModuleNotFoundError: .*nowhere_to_be_found"),
-        (f"{MODULE}:wave", r"has no 'wave'; it has: FewIds, Labelled, Named, fails, items, nothing, waves"),
+        (f"{MODULE}:wave", r"has no 'wave'; it has: FewIds, Labelled, Named, fails, items, nothing, stored, waves"),
         (f"{MODULE}:NUMBER", r"is a int; expected a function or a class"),
         (f"{MODULE}:nothing", r"returned a NoneType without __len__"),
         (f"{MODULE}:fails", r"calling .*: OSError: why"),
@@ -138,3 +154,11 @@ def test_a_job_takes_its_data_from_a_function(module, tmp_path):
     assert [row["label"] for row in rows] == [0, 1, None, None, 4]
     assert rows[2]["reason"] == "RuntimeError: the disk is on fire"
     assert np.isfinite(open_weights(folder.files.path).weights()[0]).all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"limit": 4}, {"repeats": 2}], ids=["all", "some", "repeated"])
+def test_what_is_bound_to_its_thread_is_read_there(module, tmp_path, settings):
+    dataset = {"kind": "function", "target": f"{module}:stored", **settings}
+    folder, summary = encode_in_process(tiny_job(tmp_path / "run", "optimizer.kind=adam", dataset=dataset))
+    assert summary.failed == 0
+    assert len(open_weights(folder.files.path)) == {"limit": 4, "repeats": 12}.get(next(iter(settings), ""), 6)
