@@ -1,7 +1,6 @@
 """Machines that are too small, too full or closed: one message, and a repeat elsewhere completes the run."""
 
 import os
-import resource
 import subprocess
 import sys
 
@@ -15,13 +14,15 @@ from tests.jobs import tiny_settings
 MIB = 1 << 20
 
 
-def encode(job, limit=None):
-    def limited():
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+def encode(job, *overrides, limit=None):
+    """`nfscale encode` in a process that may take `limit` bytes of addresses.
 
-    command = [sys.executable, "-m", "nfscale", "encode", str(job)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, preexec_fn=limited)
+    The shell sets the limit: a preexec_fn would fork this process, which may have threads.
+    """
+    command = [sys.executable, "-m", "nfscale", "encode", str(job), *overrides]
+    if limit is not None:
+        command = ["sh", "-c", f'ulimit -v {limit // 1024}; exec "$@"', "sh", *command]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
 def job_in(folder, **sections):
@@ -42,13 +43,7 @@ def test_memory_too_small_to_load_is_one_line(tmp_path, mebibytes):
 def test_a_run_that_memory_stopped_is_completed_where_there_is_more(tmp_path):
     """Ray does not start under this limit; the plan is frozen by then, and is used by the repeat."""
     job = job_in(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-m", "nfscale", "encode", str(job), "workers=1"],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (3072 * MIB, 3072 * MIB)),
-    )
+    done = encode(job, "workers=1", limit=3072 * MIB)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "Ray needs 4 GiB of addresses" in done.stderr
