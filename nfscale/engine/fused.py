@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nfscale.engine.sampling import Sampler
+from nfscale.engine.step import not_siren
 from nfscale.engine.updates import Updates, updates_of
 from nfscale.fields import MLP, Field
 from nfscale.optim import Optimizer
@@ -66,8 +67,8 @@ def refusal(device: torch.device, field: Field, signal: Signal) -> str | None:
     """Why the fused step cannot serve these, or None if it can; does not look for Triton."""
     if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
         return f"it runs on an NVIDIA GPU, not on {device} (for tests, TRITON_INTERPRET=1 lets it run on a CPU)"
-    if not (isinstance(field, MLP) and field.activation == "sine"):
-        return f"it knows MLPs with sines, not {type(field).__name__}"
+    if (why := not_siren(field)) or not isinstance(field, MLP):
+        return why
     if field.width not in _WIDTHS or not _DEPTHS[0] <= field.depth <= _DEPTHS[1]:
         widths = ", ".join(map(str, _WIDTHS))
         return f"it knows widths {widths} and depths {_DEPTHS[0]} to {_DEPTHS[1]}, not {field.width} x {field.depth}"
@@ -152,7 +153,7 @@ class _Problem:
         sampling, tables = self._drawing(sampler)
         self.drawing = {"available": self.available, "taken": self.taken, **tables}
         self.options = {
-            "omega_0": field.omega_0,
+            "omega_0": field.first_omega,
             "omega_hidden": field.omega_hidden,
             "STREAM": int(Stream.SAMPLING),
             "SAMPLING": sampling,

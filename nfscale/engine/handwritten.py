@@ -13,6 +13,7 @@ from torch import Tensor
 from nfscale.engine.handwritten_passes import Passes, Plan, forward
 from nfscale.engine.handwritten_updates import knows, probe_words, update_of
 from nfscale.engine.sampling import Sampler
+from nfscale.engine.step import not_siren
 from nfscale.fields import MLP, Field
 from nfscale.optim import Optimizer
 from nfscale.optim.base import State
@@ -38,8 +39,8 @@ def refusal(device: torch.device, field: Field, signal: Signal) -> str | None:
     """Why the step cannot serve these, or None if it can."""
     if device.type not in ("cpu", "cuda"):
         return f"it runs on a CPU or a CUDA device, not on {device}"
-    if not (isinstance(field, MLP) and field.activation == "sine"):
-        return f"it knows MLPs with sines, not {type(field).__name__}"
+    if why := not_siren(field):
+        return why
     if not getattr(signal, "squared_error", False):
         return f"it knows signals whose loss is the mean squared error at points, which {type(signal).__name__} is not"
     return None

@@ -112,7 +112,7 @@ class _Operands:
         blocks = len(rows) * plan.tiles
         self.weights = [weight.expand(blocks, -1, -1) for weight in tensors[0::2]]
         self.biases = [bias.unsqueeze(1).expand(blocks, -1, -1) for bias in tensors[1::2]]
-        self._weight_0, self._bias_0, self._omega_0 = tensors[0].mT, tensors[1], plan.field.omega_0
+        self._weight_0, self._bias_0, self._omega_0 = tensors[0].mT, tensors[1], plan.field.first_omega
         self._first = rows.new_empty((len(rows), plan.field.dimensions + 1, plan.wide.width))
         self.first = self._first.expand(blocks, -1, -1)
         """omega_0 [W_0 b_0] transposed, of the rows at the last `refresh`: one product, and no bias beside it."""
@@ -175,7 +175,7 @@ class Passes:
         if with_products:
             self._along, self._r_sums = _Operands(plan, like.new_zeros(shape)), _Sums(plan, like.new_zeros(shape))
             self._r_tape = _Tape(plan, like, blocks)
-        self._omegas = [plan.field.omega_0] + [plan.field.omega_hidden] * (plan.field.depth - 1)
+        self._omegas = [plan.field.first_omega] + [plan.field.omega_hidden] * (plan.field.depth - 1)
         ahead, points = (plan.pieces, blocks), plan.tile_points
         self._coordinates = like.new_zeros((*ahead, plan.field.dimensions + 1, points))
         self._coordinates[:, :, -1] = 1  # for the first bias

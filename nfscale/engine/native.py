@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nfscale.engine.build import CannotBuild, compiled
 from nfscale.engine.sampling import Sampler
+from nfscale.engine.step import not_siren
 from nfscale.engine.updates import Updates, updates_of
 from nfscale.fields import MLP, Field
 from nfscale.optim import Optimizer
@@ -85,8 +86,8 @@ def refusal(device: torch.device, field: Field, signal: Signal) -> str | None:
     """Why the native step cannot serve these, or None if it can; does not look for a compiler."""
     if device.type != "cpu":
         return f"it runs on a CPU, not on {device}"
-    if not (isinstance(field, MLP) and field.activation == "sine"):
-        return f"it knows MLPs with sines, not {type(field).__name__}"
+    if why := not_siren(field):
+        return why
     if not getattr(signal, "squared_error", False):
         return f"it knows signals whose loss is the mean squared error at points, which {type(signal).__name__} is not"
     return None
@@ -112,7 +113,7 @@ def _call(name: str, *arguments: Any) -> None:
 
 def _net(field: Field) -> _Net:
     assert isinstance(field, MLP), "the dispatcher refuses other fields"
-    return _Net(field.dimensions, field.channels, field.width, field.depth, field.omega_0, field.omega_hidden)
+    return _Net(field.dimensions, field.channels, field.width, field.depth, field.first_omega, field.omega_hidden)
 
 
 def _address(tensor: Tensor) -> int:

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from nfscale.fields import Field
+from nfscale.fields import MLP, Field
 from nfscale.layout import Params
 from nfscale.optim.curvature import gradient, gradient_and_hvp
 from nfscale.rng import Stream, uniform
@@ -38,6 +38,15 @@ def plain_gradient_and_hvp(
         _loss_of(field, signal, samples), layout.unravel(rows), layout.unravel(probe)
     )
     return losses, layout.ravel(grads), layout.ravel(products)
+
+
+def not_siren(field: Field) -> str | None:
+    """Why a twin that is written for SIREN cannot serve a field, or None if it can."""
+    if not isinstance(field, MLP):
+        return f"it knows MLPs with sines, not {type(field).__name__}"
+    if not field.is_siren:
+        return f"it knows MLPs with sines, not with activation={field.activation} and encoding={field.encoding}"
+    return None
 
 
 def _loss_of(field: Field, signal: Signal, samples: Samples):

@@ -4,7 +4,8 @@ The default is SIREN (Sitzmann et al., "Implicit Neural Representations with Per
 Functions", NeurIPS 2020): h_1 = sin(omega_0 (W_1 x + b_1)), h_l = sin(omega_hidden (W_l h_{l-1} + b_l)),
 y = W_L h_{L-1} + b_L. `weight_scale` is the alpha of Yeom, Lee & Lee, "Fast Training of Sinusoidal
 Neural Fields via Scaling Initialization" (ICLR 2025, eq. 6): every weight matrix but the last is
-multiplied by it; biases and omega stay; 1 is SIREN exactly.
+multiplied by it; biases and omega stay; 1 is SIREN exactly. Other activations, encodings and initializations
+are a word each.
 """
 
 import math
@@ -15,7 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nfscale.fields.activations import ACTIVATIONS
+from nfscale.fields.activations import ACTIVATIONS, Scales
+from nfscale.fields.encodings import ENCODINGS, Encoding
+from nfscale.fields.initializations import INITIALIZATIONS, Place
 from nfscale.layout import Layout, Params
 from nfscale.rng import Stream, uniform
 
@@ -28,40 +31,85 @@ class MLP:
     channels: int
     width: int = 64
     depth: int = 4
-    activation: Literal["sine"] = "sine"
+    activation: Literal[tuple(ACTIVATIONS)] = "sine"  # type: ignore[valid-type]
+    encoding: Literal[tuple(ENCODINGS)] = "none"  # type: ignore[valid-type]
+    initialization: Literal[tuple(INITIALIZATIONS)] = "weight_scaling"  # type: ignore[valid-type]
     omega_0: float = 30.0
+    """Of the first layer of sines and FINER; the others do not use it."""
     omega_hidden: float = 30.0
     weight_scale: float = 1.5
+    """Of the initializations weight_scaling (of the weights) and frequency_tuning (of omega_0)."""
+    frequency: float = 10.0
+    """Of sinc (8 in the code of Yeom, Lee & Lee) and the Gabors (10 in that of WIRE)."""
+    spread: float = 10.0
+    """Of gaussian (20 in the code of Yeom, Lee & Lee; 14 in that of Chng et al.) and the Gabors (10)."""
+    encoding_count: int = 8
+    """Octaves of the positional encoding; random Fourier features, of which 64 to 256 are usual."""
+    encoding_scale: float = 5.0
+    """Standard deviation of random Fourier features, in cycles per unit of the coordinates."""
 
     def __post_init__(self) -> None:
-        for name in ("dimensions", "channels", "width", "depth", "omega_0", "omega_hidden", "weight_scale"):
+        names = {"activation": ACTIVATIONS, "encoding": ENCODINGS, "initialization": INITIALIZATIONS}
+        for name, known in names.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
+        sizes = ("dimensions", "channels", "width", "depth", "encoding_count")
+        for name in (*sizes, "omega_0", "omega_hidden", "weight_scale", "frequency", "spread", "encoding_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is above 0, got {getattr(self, name)}")
 
     @cached_property
+    def _encoding(self) -> Encoding:
+        return ENCODINGS[self.encoding](self.dimensions, self.encoding_count, self.encoding_scale)
+
+    @property
+    def first_omega(self) -> float:
+        """omega of the first layer: omega_0, which frequency tuning multiplies."""
+        return self.omega_0 * (self.weight_scale if self.initialization == "frequency_tuning" else 1.0)
+
+    @property
+    def is_siren(self) -> bool:
+        """Whether the forward is that of SIREN: the one that the engine's hand-written steps know."""
+        return self.activation == "sine" and self.encoding == "none"
+
+    @cached_property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(fan_out, fan_in) of each of the depth + 1 weight matrices."""
-        widths = [self.dimensions] + [self.width] * self.depth + [self.channels]
+        """(fan_out, fan_in) of each of the depth + 1 weight matrices, in units."""
+        widths = [self._encoding.features] + [self.width] * self.depth + [self.channels]
         return tuple(zip(widths[1:], widths[:-1], strict=True))
 
     @cached_property
     def layout(self) -> Layout:
         named = []
         for index, (fan_out, fan_in) in enumerate(self.shapes):
-            named += [(f"layers.{index}.weight", (fan_out, fan_in)), (f"layers.{index}.bias", (fan_out,))]
+            maps, outputs = self._maps(index)
+            named += [
+                (f"layers.{index}.weight", (*maps, fan_out, fan_in)),
+                (f"layers.{index}.bias", (*outputs, fan_out)),
+            ]
         return Layout.of(named)
 
-    def bounds(self, index: int) -> tuple[float, float]:
-        """Half-widths of the uniform distributions of layer `index`: (weights, biases).
-
-        Biases are torch's own default for a linear layer, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as in
-        the code of both papers.
-        """
-        fan_in = self.shapes[index][1]
+    def _maps(self, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Axes before the weights' and the biases' own: the maps of a unit, or real and imaginary part."""
         activation = ACTIVATIONS[self.activation]
-        is_last = index == self.depth
-        bound = activation.first_bound(fan_in) if index == 0 else activation.hidden_bound(fan_in, self.omega_hidden)
-        return bound * (1.0 if is_last else self.weight_scale), 1 / math.sqrt(fan_in)
+        if activation.maps == 1:
+            return (), ()
+        maps, is_last = (activation.maps,), index == self.depth
+        if activation.is_complex:  # real at the first layer; the values are real
+            return () if index == 0 else maps, () if index == 0 or is_last else maps
+        return () if is_last else maps, () if is_last else maps
+
+    def bounds(self, index: int) -> tuple[float, float]:
+        """Half-widths of the uniform distributions of layer `index`: (weights, biases)."""
+        (fan_out, fan_in), activation = self.shapes[index], ACTIVATIONS[self.activation]
+        is_first, is_last = index == 0, index == self.depth
+        scales = self._scales(max(index, 1))  # SIREN's bounds of hidden layers, whatever omega_0
+        place = Place(fan_in, fan_out, is_first, is_last, activation, scales, self.weight_scale)
+        bias = activation.first_bias_bound(fan_in) if is_first else 1 / math.sqrt(fan_in)
+        return INITIALIZATIONS[self.initialization](place), bias
+
+    def _scales(self, index: int) -> Scales:
+        return Scales(self.omega_hidden if index else self.first_omega, self.frequency, self.spread)
 
     def init(self, seeds: Tensor) -> Params:
         """One draw per seed: [F] -> {name: [F, ...]}, float32. Equal seeds give equal fields."""
@@ -77,22 +125,43 @@ class MLP:
         """Values at coordinates: [F|1, N, D] -> [F, N, C]."""
         activation = ACTIVATIONS[self.activation]
         fields = next(iter(params.values())).shape[0]
-        hidden = coordinates.expand(fields, -1, -1)
+        hidden = self._encoding.apply(coordinates).expand(fields, -1, -1)
         for index in range(self.depth + 1):
             weight, bias = params[f"layers.{index}.weight"], params[f"layers.{index}.bias"]
-            hidden = torch.baddbmm(bias.unsqueeze(1), hidden, weight.mT)
+            matrix = _as_real(weight, index == self.depth) if activation.is_complex and index else weight.flatten(1, -2)
+            hidden = torch.baddbmm(bias.flatten(1).unsqueeze(1), hidden, matrix.mT)
             if index < self.depth:
-                hidden = activation.apply(hidden, self.omega_0 if index == 0 else self.omega_hidden)
+                hidden = activation.apply(hidden.split(self.width, dim=-1), self._scales(index))
         return hidden
 
     def forward_description(self) -> dict[str, Any]:
         """The exact forward, for a reader who has the table and no nfscale; `keys` rebuild the field."""
-        return {
-            "kind": "mlp",
-            "keys": asdict(self),
-            "formula": (
-                "h = sin(omega_0 * (layers.0.weight @ x + layers.0.bias)); then for l = 1 .. depth-1: "
-                "h = sin(omega_hidden * (layers.l.weight @ h + layers.l.bias)); "
-                "y = layers.depth.weight @ h + layers.depth.bias"
-            ),
+        said: dict[str, Any] = {"kind": "mlp", "keys": asdict(self)}
+        if self.is_siren and self.initialization != "frequency_tuning":
+            return said | {
+                "formula": (
+                    "h = sin(omega_0 * (layers.0.weight @ x + layers.0.bias)); then for l = 1 .. depth-1: "
+                    "h = sin(omega_hidden * (layers.l.weight @ h + layers.l.bias)); "
+                    "y = layers.depth.weight @ h + layers.depth.bias"
+                ),
+            }
+        activation = ACTIVATIONS[self.activation]
+        z = "z = layers.l.weight @ h + layers.l.bias"
+        if activation.maps > 1:
+            z = "z_m = layers.l.weight[m - 1] @ h + layers.l.bias[m - 1] for m = 1, 2"
+        end = "y = layers.depth.weight @ h + layers.depth.bias"
+        if activation.is_complex:
+            z = "z = W @ h + b, with W = weight[0] + i weight[1], b alike; of layers.0 both are real"
+            end = "y = the real part of (weight[0] + i weight[1]) @ h, + layers.depth.bias"
+        return said | {
+            "encoding": self._encoding.description(),
+            "omegas": [self._scales(index).omega for index in range(self.depth)],
+            "formula": f"h = encoding(x); then for l = 0 .. depth-1: {z}; h = {activation.formula}; {end}",
         }
+
+
+def _as_real(weight: Tensor, is_last: bool) -> Tensor:
+    """Complex weights [F, 2, O, I] as real ones on [real, imaginary]: [F, 2 O, 2 I]; [F, O, 2 I] for a real result."""
+    real, imaginary = weight.unbind(1)
+    above = torch.cat([real, -imaginary], dim=2)
+    return above if is_last else torch.cat([above, torch.cat([imaginary, real], dim=2)], dim=1)

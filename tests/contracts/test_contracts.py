@@ -4,12 +4,16 @@ A new variant is tested by being listed; a new signal adds an example datum to `
 """
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 
 from nfscale.fields import FIELDS
+from nfscale.fields.activations import ACTIVATIONS
+from nfscale.fields.encodings import ENCODINGS
+from nfscale.fields.initializations import INITIALIZATIONS
 from nfscale.layout import Layout, Params
 from nfscale.media.render import orbit_pose
 from nfscale.optim import OPTIMIZERS, SCHEDULES, Extra, Schedule
@@ -51,10 +55,25 @@ OPTIMIZER_CASES = [
 
 # Fields
 
+FIELD_OPTIONS = {
+    "mlp": [
+        *({"activation": activation, "encoding": encoding} for activation, encoding in product(ACTIVATIONS, ENCODINGS)),
+        *({"initialization": initialization} for initialization in INITIALIZATIONS),
+    ]
+}
+"""Ways to configure a field that differ in kind; others are tried with their defaults."""
 
-@pytest.fixture(params=FIELDS)
+FIELD_CASES = [
+    pytest.param((kind, options), id="-".join([kind, *options.values()]))
+    for kind in FIELDS
+    for options in FIELD_OPTIONS.get(kind, [{}])
+]
+
+
+@pytest.fixture(params=FIELD_CASES)
 def field(request):
-    return FIELDS[request.param](dimensions=2, channels=CHANNELS)
+    kind, options = request.param
+    return FIELDS[kind](dimensions=2, channels=CHANNELS, **options)
 
 
 def coordinates_of(fields: int, samples: int = 10) -> torch.Tensor:

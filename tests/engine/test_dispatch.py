@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from nfscale.engine import build, native
 from nfscale.engine.dispatch import PLAIN, chosen, warn_once
 from nfscale.fields import MLP
 from nfscale.optim import Adam
+from nfscale.rng import as_tensor
 from nfscale.signals import Image
 from tests.engine.fits import (
     ADAM,
@@ -87,6 +90,29 @@ def test_what_the_native_step_does_not_know_is_plain_and_refused_where_it_is_ask
     assert chosen("auto", torch.device(device), FIELD, signal, ADAM) is PLAIN
     with pytest.raises(ValueError, match=f"step='native' cannot be taken: .*{why}.*; use step='auto' or 'plain'"):
         chosen("native", torch.device(device), FIELD, signal, ADAM)
+
+
+@pytest.mark.parametrize("keys", [{"activation": "finer"}, {"encoding": "positional"}])
+def test_fields_other_than_siren_take_the_plain_step(keys):
+    field = MLP(2, 1, **keys)
+    assert chosen("auto", CPU, field, SIGNAL, ADAM) is PLAIN
+    for name in ("native", "torch"):
+        with pytest.raises(ValueError, match=f"step='{name}' cannot be taken: it knows MLPs with sines, not with acti"):
+            chosen(name, CPU, field, SIGNAL, ADAM)
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("name", ["native", "torch"])
+def test_frequency_tuning_is_siren_to_every_step(name):
+    field = MLP(2, 1, width=12, depth=2, initialization="frequency_tuning", weight_scale=2.0)
+    rows = field.layout.ravel(field.init(as_tensor([1, 2])))
+    samples = SIGNAL.samples(np.arange(48, dtype=np.uint8).reshape(6, 8, 1)).map(lambda part: torch.stack([part] * 2))
+    losses, gradients = chosen(name, CPU, field, SIGNAL, ADAM).gradient(field, SIGNAL, rows, samples)
+    expected_losses, expected = PLAIN.gradient(field, SIGNAL, rows, samples)
+    torch.testing.assert_close(losses, expected_losses)
+    torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-5)
+    untuned = replace(field, initialization="siren")
+    assert not torch.allclose(PLAIN.gradient(untuned, SIGNAL, rows, samples)[0], losses, rtol=1e-2)
 
 
 def test_an_unknown_step_is_refused_before_anything_is_read():
