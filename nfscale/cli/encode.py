@@ -11,10 +11,17 @@ from rich.console import Console
 
 from nfscale.cli.common import JsonOption, percentages, warn, write_json
 from nfscale.cli.progress import ProgressDisplay
+from nfscale.datasets import DATASETS
 from nfscale.driver import InProcessPool, Pool, Summary, Termination, open_run, serve, totals
 from nfscale.errors import ExitCode, NfscaleError
+from nfscale.fields import FIELDS
+from nfscale.fields.activations import ACTIVATIONS
+from nfscale.fields.encodings import ENCODINGS
+from nfscale.fields.initializations import INITIALIZATIONS
 from nfscale.job import EncodeJob, load_job
+from nfscale.optim import OPTIMIZERS
 from nfscale.review import make_report
+from nfscale.signals import SIGNALS
 from nfscale.store import RunFolder
 from nfscale.store.ipc import write_ipc_copy
 from nfscale.store.run_folder import IPC_COPY, Plan
@@ -58,6 +65,17 @@ def encode(
             file=sys.stderr,
         )
         raise typer.Exit(int(ExitCode.TOO_MANY_FAILED))
+
+
+def _names() -> str:
+    """The words that a job may use where names are known, for the help."""
+    kinds = {"dataset": DATASETS, "signal": SIGNALS, "field": FIELDS, "optimizer": OPTIMIZERS}
+    known = {f"{section}.kind": kinds_of for section, kinds_of in kinds.items()}
+    known |= {"field.activation": ACTIVATIONS, "field.encoding": ENCODINGS, "field.initialization": INITIALIZATIONS}
+    return "\n\n".join(f"{key}: {', '.join(names)}" for key, names in known.items())
+
+
+encode.__doc__ = f"{encode.__doc__}\n\n{_names()}"
 
 
 def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console, retry_failed: bool) -> Summary:

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from nfscale.fields.hash_grid import HashGrid
+from nfscale.fields.mfn import MultiplicativeFilters
 from nfscale.fields.mlp import MLP
 from nfscale.layout import Layout, Params
 from nfscale.rng import as_tensor, datum_seed
@@ -33,6 +35,6 @@ def theta0_of(field: Field, seed: int) -> Tensor:
     return field.layout.ravel(field.init(as_tensor([datum_seed(seed, "")])))[0]
 
 
-FIELDS: dict[str, type] = {"mlp": MLP}
+FIELDS: dict[str, type] = {"mlp": MLP, "mfn": MultiplicativeFilters, "hash_grid": HashGrid}
 
-__all__ = ["FIELDS", "MLP", "Field", "theta0_of"]
+__all__ = ["FIELDS", "MLP", "Field", "HashGrid", "MultiplicativeFilters", "theta0_of"]

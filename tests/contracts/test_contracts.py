@@ -59,7 +59,8 @@ FIELD_OPTIONS = {
     "mlp": [
         *({"activation": activation, "encoding": encoding} for activation, encoding in product(ACTIVATIONS, ENCODINGS)),
         *({"initialization": initialization} for initialization in INITIALIZATIONS),
-    ]
+    ],
+    "mfn": [{"filter": "fourier"}, {"filter": "gabor"}],
 }
 """Ways to configure a field that differ in kind; others are tried with their defaults."""
 

@@ -9,6 +9,7 @@ from skimage.data import camera
 from skimage.transform import resize
 
 from nfscale import MLP, Adam, Image, Schedule, Stop, fit
+from nfscale.fields import FIELDS
 from nfscale.fields.activations import ACTIVATIONS
 from nfscale.fields.encodings import ENCODINGS
 from nfscale.fields.initializations import INITIALIZATIONS
@@ -73,6 +74,24 @@ def test_every_combination_fits_a_chirp_and_a_photograph(activation, encoding):
         found[initialization, dimensions] = fitted(field, [("a", data[dimensions - 1])])["a"][0]
     below = {key: quality for key, quality in found.items() if not quality > floors[key[1] - 1]}
     assert not below
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "floors"),
+    [
+        ("mfn", {"filter": "fourier"}, (20.0, 24.0)),
+        ("mfn", {"filter": "gabor"}, (20.0, 15.0)),
+        ("hash_grid", {}, (20.0, 24.0)),
+        ("hash_grid", {"table_size": 64}, (20.0, 24.0)),
+    ],
+)
+def test_filters_and_grids_fit_a_chirp_and_a_photograph_alone_as_among_others(kind, keys, floors):
+    for dimensions, three, floor in ((1, chirps(), floors[0]), (2, photographs(), floors[1])):
+        field = FIELDS[kind](dimensions, 1, width=24, depth=2, **keys)
+        data = list(zip("abc", three, strict=True))
+        together, alone = fitted(field, data), fitted(field, data[1:2])
+        assert alone["b"][0] > floor
+        assert torch.equal(together["b"][1], alone["b"][1])
 
 
 @pytest.mark.parametrize(("activation", "encoding"), list(product(ACTIVATIONS, ENCODINGS)))
