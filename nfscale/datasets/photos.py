@@ -34,17 +34,18 @@ _FILES = {
 class Photos:
     """Tiles of `tile` x `tile` pixels, RGB; what is left at the right and lower edges is dropped."""
 
-    tile: int = 64
+    tile: int | None = 64
+    """None: the largest square in the middle of each photograph, ten data of different sizes."""
 
     def open(self) -> "PhotosDataset":
-        require(self.tile >= 2, f"dataset.tile is at least 2 pixels, got {self.tile}")
+        require(self.tile is None or self.tile >= 2, f"dataset.tile is at least 2 pixels, got {self.tile}")
         return PhotosDataset(self.tile)
 
 
 class PhotosDataset(Dataset):
     """Tiles by photograph, row and column; ids say where a tile belongs: `coffee/r02c05`."""
 
-    def __init__(self, tile: int) -> None:
+    def __init__(self, tile: int | None) -> None:
         self.tile = tile
         self._photographs: dict[str, np.ndarray] = {}
 
@@ -61,6 +62,9 @@ class PhotosDataset(Dataset):
         places = []
         for name in _FILES:
             height, width = self._photograph(name).shape[:2]
+            if self.tile is None:
+                places.append((name, 0, 0))
+                continue
             places += [(name, r, c) for r in range(height // self.tile) for c in range(width // self.tile)]
         return places
 
@@ -70,8 +74,14 @@ class PhotosDataset(Dataset):
 
     def read(self, position: int) -> Datum:
         name, row, column = self._places[position]
-        top, left = row * self.tile, column * self.tile
-        array = self._photograph(name)[top : top + self.tile, left : left + self.tile]
+        photograph, side = self._photograph(name), self.tile
+        if side is None:
+            height, width = photograph.shape[:2]
+            side = min(height, width)
+            top, left = (height - side) // 2, (width - side) // 2
+        else:
+            top, left = row * side, column * side
+        array = photograph[top : top + side, left : left + side]
         return Datum(self.ids[position], position, array, label=name)
 
     @staticmethod

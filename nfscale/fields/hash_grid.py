@@ -134,7 +134,8 @@ class HashGrid:
                 "h = the vectors of all levels l end to end; of a level: p = (x + 1) / 2 * cells[l], clamped; the sum "
                 "over the corners c of its cell (floor(p), at most cells[l] - 1) of "
                 "prod_d (1 - |p_d - c_d|) grids.l[i(c)]; i(c) = sum_d c_d (cells[l] + 1)^d "
-                "where (cells[l] + 1)^D is at most table_size, else (xor over d of c_d * primes[d]) mod table_size; then for l = 0 .. depth-1: "
-                "h = max(0, layers.l.weight @ h + layers.l.bias); y = layers.depth.weight @ h + layers.depth.bias"
+                "where (cells[l] + 1)^D is at most table_size, else (xor over d of c_d * primes[d]) mod table_size; "
+                "then for l = 0 .. depth-1: h = max(0, layers.l.weight @ h + layers.l.bias); "
+                "y = layers.depth.weight @ h + layers.depth.bias"
             ),
         }

@@ -92,6 +92,16 @@ def test_a_tile_says_where_it_belongs():
     assert dataset.place("coffee/r02c05#1") == ("coffee", 2, 5), "a repeat is of the same tile"
 
 
+def test_whole_photographs_are_the_squares_in_their_middles():
+    dataset = DATASETS["photos"](tile=None).open()
+    assert len(dataset.ids) == 10
+    tall, tiles = dataset.read(2), DATASETS["photos"](tile=400).open()  # coffee, 400 x 600 pixels
+    assert tall.label == "coffee"
+    assert tall.content.shape == (400, 400, 3)
+    left = tiles.read(tiles.ids.index("coffee/r00c00")).content
+    assert np.array_equal(tall.content[:, :300], left[:, 100:])
+
+
 def test_a_limit_is_a_seeded_sample_spread_over_the_dataset():
     limited = open_limited(DATASETS["digits"](), 100, seed=0)
     positions = [limited.index_of(p) for p in range(100)]
