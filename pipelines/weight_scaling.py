@@ -13,7 +13,6 @@ and over omega. Written to the output folder and to MLflow: `runs.csv` (every fi
 import argparse
 import csv
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import mlflow
 import numpy as np
 import torch
 from matplotlib import pyplot
@@ -31,6 +29,7 @@ from nfscale.datasets import DATASETS, seeded_sample
 from nfscale.errors import NfscaleError
 from nfscale.fields import MLP, MultiplicativeFilters
 from nfscale.signals import Audio, Image, Occupancy, Samples, Sphere
+from nfscale.track import log_folder
 
 PAPER_RATE = 1e-4
 LEVELS = (30.0, 35.0, 40.0, 50.0)
@@ -71,7 +70,11 @@ class Task:
 
     def field(self, method: str, weight_scale: float | None = None, omega_0: float | None = None) -> Any:
         """The field of a method; complex ones are narrower, so that all have about as many weights."""
-        common = {"dimensions": self.signal.dimensions, "channels": self.signal.channels, "depth": self.depth}
+        common: dict[str, Any] = {
+            "dimensions": self.signal.dimensions,
+            "channels": self.signal.channels,
+            "depth": self.depth,
+        }
         if method == "mfn":
             return MultiplicativeFilters(**common, width=self.width, input_scale=8.0 * self.width**0.5)
         keys = METHODS[method] | {"omega_0": omega_0 or self.omega_0, "weight_scale": weight_scale or self.alpha}
@@ -248,10 +251,10 @@ class Report:
         (self.folder / "tables.md").write_text("\n".join(self.lines) + "\n")
 
 
-def at_the_papers_rate(report: Report, task: Task, few: Task, small: bool) -> dict[str, float]:
-    """Every method at 1e-4, constant, full batch. Returns steps to 40 dB, by method."""
+def at_the_papers_rate(report: Report, task: Task, few: Task, small: bool) -> dict[str, list[Fit]]:
+    """Every method at 1e-4, constant, full batch; the fits by method."""
     curves: dict[str, tuple[list[int], list[float]]] = {}
-    found = {}
+    found: dict[str, list[Fit]] = {}
     for method in METHODS:
         is_main = method in ("siren", "weight_scaling")
         of = task if is_main or not small else few
@@ -278,11 +281,16 @@ def at_the_papers_rate(report: Report, task: Task, few: Task, small: bool) -> di
     pyplot.legend(fontsize=7)
     pyplot.savefig(report.folder / "curves.png", dpi=130, bbox_inches="tight")
     pyplot.close()
-    return {method: median(fit.steps_to(2) for fit in got) for method, got in found.items()}
+    return found
 
 
-def at_their_own_rates(report: Report, task: Task, few: Task, small: bool) -> dict[str, float]:
-    """Every method at the best of several rates and schedules: by steps, forward passes and seconds to 40 dB."""
+def at_their_own_rates(
+    report: Report, task: Task, few: Task, small: bool, at_paper: dict[str, list[Fit]]
+) -> dict[str, float]:
+    """Every method at the best of several rates and schedules, the paper's among them: what it takes to reach 40 dB.
+
+    Returns steps by method.
+    """
     rates = (3e-4, 1e-3) if small else (1e-4, 3e-4, 1e-3, 3e-3)
     schedules = ("cosine",) if small else ("constant", "cosine")
     report.say("", "## Each method at its own rate and schedule", "")
@@ -300,6 +308,7 @@ def at_their_own_rates(report: Report, task: Task, few: Task, small: bool) -> di
         tried = [1e-3] if small and method not in SINES else rates
         steps = (100 if method in SINES else 80) if small else 300
         swept = [report.add(fits(of, method, rate, schedule, steps, 40.0)) for rate in tried for schedule in schedules]
+        swept.append(at_paper[method])
         best = min(swept, key=lambda got: (median(f.steps_to(2) for f in got), -median(f.best for f in got)))
         reached[method] = median(fit.steps_to(2) for fit in best)
         seconds = median(fit.steps_to(2) * fit.seconds_per_step for fit in best)
@@ -323,7 +332,7 @@ def in_other_modalities(report: Report, small: bool) -> None:
         for method in ("siren", "weight_scaling", "frequency_tuning"):
             swept = [
                 report.add(fits(scaled, method, rate, schedule, 150 if small else 1000, None, check_every=10))
-                for rate, schedule in ((PAPER_RATE, "constant"), (1e-3, "cosine"), (3e-3, "cosine"))
+                for rate, schedule in ((PAPER_RATE, "constant"), (3e-4, "cosine"), (1e-3, "cosine"), (3e-3, "cosine"))
             ]
             best = max(swept[1:], key=lambda got: median(fit.best for fit in got))
             for got in (swept[0], best):
@@ -344,7 +353,7 @@ def what_is_held_back(report: Report, count: int, steps: int, small: bool) -> No
     for name, method in (("weight_scale", "weight_scaling"), ("omega_0", "siren")):
         points = []
         for alpha in alphas:
-            geometry = {"weight_scale": alpha} if name == "weight_scale" else {"omega_0": 30.0 * alpha}
+            geometry: dict[str, Any] = {"weight_scale": alpha} if name == "weight_scale" else {"omega_0": 30.0 * alpha}
             got = report.add(fits(task, method, 1e-3, "cosine", steps, None, check_every=5, **geometry))
             held = median(fit.heldout for fit in got if fit.heldout is not None)
             fast, fitted = median(fit.steps_to(1) for fit in got), median(fit.best for fit in got)
@@ -377,11 +386,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     few = replace(whole, data=whole.data[:2]) if chosen.small else whole
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, into {chosen.output}", flush=True)
     paper = at_the_papers_rate(report, whole, few, chosen.small)
-    tuned = at_their_own_rates(report, whole, few, chosen.small)
+    tuned = at_their_own_rates(report, whole, few, chosen.small, paper)
     in_other_modalities(report, chosen.small)
     what_is_held_back(report, 4 if chosen.small else 10, 200 if chosen.small else 600, chosen.small)
+    steps = {method: median(fit.steps_to(2) for fit in got) for method, got in paper.items()}
     ratios = {
-        "paper_rate": paper["siren"] / paper["weight_scaling"],
+        "paper_rate": steps["siren"] / steps["weight_scaling"],
         "own_rates": tuned["siren"] / tuned["weight_scaling"],
     }
     report.say("", "## Steps of SIREN to 40 dB over those of weight scaling (2.5), medians", "")
@@ -393,14 +403,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def record(report: Report, ratios: dict[str, float], started: float) -> None:
     """One MLflow run: the ratios, the medians at the paper's rate, tables and figures."""
-    store = report.folder.resolve().parent / "mlruns.db"
-    mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{store}"))
-    mlflow.set_experiment("weight_scaling")
-    with mlflow.start_run(run_name=report.folder.name):
-        mlflow.log_params({"alpha": ALPHA, "paper_rate": PAPER_RATE, "fits": len(report.rows)})
-        finite = {f"siren_over_weight_scaling.{name}": value for name, value in ratios.items() if math.isfinite(value)}
-        mlflow.log_metrics(finite | {"minutes": (time.monotonic() - started) / 60})
-        mlflow.log_artifacts(str(report.folder))
+    params = {"alpha": ALPHA, "paper_rate": PAPER_RATE, "fits": len(report.rows)}
+    metrics = {f"siren_over_weight_scaling.{name}": ratio for name, ratio in ratios.items()}
+    metrics["minutes"] = (time.monotonic() - started) / 60
+    if problem := log_folder(report.folder, "weight_scaling", report.folder.name, params, metrics):
+        print(f"warning: MLflow does not have this: {problem}")
     print(
         f"{(time.monotonic() - started) / 60:.1f} minutes; {report.folder}/tables.md, curves.png, heldout.png, runs.csv"
     )

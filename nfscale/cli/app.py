@@ -7,6 +7,7 @@ import typer
 
 from nfscale.cli.benchmark import benchmark
 from nfscale.cli.decode import decode
+from nfscale.cli.diagnose import app as diagnose
 from nfscale.cli.encode import encode
 from nfscale.cli.gc import gc
 from nfscale.cli.review import review
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 for command in (encode, status, decode, verify, review, gc):
     app.command()(command)
+app.add_typer(diagnose, name="diagnose")
 # Its arguments are parsed where torch and numpy are all there is.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(
     benchmark

@@ -9,6 +9,7 @@ are a word each.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -123,16 +124,23 @@ class MLP:
 
     def apply(self, params: Params, coordinates: Tensor) -> Tensor:
         """Values at coordinates: [F|1, N, D] -> [F, N, C]."""
+        *_, (values, _) = self.layers(params, coordinates)
+        return values
+
+    def layers(self, params: Params, coordinates: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What goes into each layer's activation and what comes out, [F, N, W] (of complex fields twice as wide); at
+        last the values [F, N, C], twice."""
         activation = ACTIVATIONS[self.activation]
         fields = next(iter(params.values())).shape[0]
         hidden = self._encoding.apply(coordinates).expand(fields, -1, -1)
         for index in range(self.depth + 1):
             weight, bias = params[f"layers.{index}.weight"], params[f"layers.{index}.bias"]
             matrix = _as_real(weight, index == self.depth) if activation.is_complex and index else weight.flatten(1, -2)
-            hidden = torch.baddbmm(bias.flatten(1).unsqueeze(1), hidden, matrix.mT)
+            preactivation = torch.baddbmm(bias.flatten(1).unsqueeze(1), hidden, matrix.mT)
+            hidden = preactivation
             if index < self.depth:
-                hidden = activation.apply(hidden.split(self.width, dim=-1), self._scales(index))
-        return hidden
+                hidden = activation.apply(preactivation.split(self.width, dim=-1), self._scales(index))
+            yield preactivation, hidden
 
     def forward_description(self) -> dict[str, Any]:
         """The exact forward, for a reader who has the table and no nfscale; `keys` rebuild the field."""

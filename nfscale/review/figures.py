@@ -45,6 +45,52 @@ def convergence(steps: np.ndarray, bands: list[np.ndarray], target: float | None
     return _svg(figure)
 
 
+def activations(values: dict[str, list[np.ndarray]]) -> str:
+    """Histograms of the activations of each layer, a row of plots for each field, with the arcsine law."""
+    depth = max(len(layers) for layers in values.values())
+    figure = Figure(figsize=(2.2 * depth, 1.9 * len(values)), layout="constrained")
+    grid = figure.subplots(len(values), depth, squeeze=False)
+    inside = np.linspace(-0.999, 0.999, 400)
+    for row, (name, layers) in zip(grid, values.items(), strict=True):
+        for index, axes in enumerate(row):
+            axes.tick_params(colors=_INK, labelsize=7)
+            if index >= len(layers):
+                axes.axis("off")
+                continue
+            axes.hist(layers[index], bins=60, density=True, color=_BLUE, alpha=0.85)
+            if np.abs(layers[index]).max() <= 1:
+                axes.plot(inside, 1 / (np.pi * np.sqrt(1 - inside**2)), color=_ORANGE, linewidth=1)
+                axes.set_ylim(0, 3)
+            axes.set_title(f"{name}: layer {index}" if index == 0 else f"layer {index}", fontsize=8, color=_INK)
+    return _svg(figure)
+
+
+def spectra(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> str:
+    """Power over frequency of fields and data."""
+    figure, axes = _new(6.2, 3.4)
+    for index, (name, (frequencies, power)) in enumerate(curves.items()):
+        axes.plot(frequencies[1:], power[1:], label=name, color=f"C{index}", linewidth=1.5)
+    axes.set_yscale("log")
+    axes.set_xscale("log")
+    axes.set_xlabel("frequency [cycles per unit of the coordinates]")
+    axes.set_ylabel("share of the power")
+    axes.legend(frameon=False, labelcolor=_INK, fontsize=8)
+    return _svg(figure)
+
+
+def eigenvalues(curves: dict[str, np.ndarray]) -> str:
+    """Spectra of kernels: eigenvalues from the largest on."""
+    figure, axes = _new(6.2, 3.4)
+    for index, (name, values) in enumerate(curves.items()):
+        axes.plot(np.arange(1, len(values) + 1), np.maximum(values, values[0] * 1e-12), label=name, color=f"C{index}")
+    axes.set_yscale("log")
+    axes.set_xscale("log")
+    axes.set_xlabel("rank")
+    axes.set_ylabel("eigenvalue of the tangent kernel, over its size")
+    axes.legend(frameon=False, labelcolor=_INK, fontsize=8)
+    return _svg(figure)
+
+
 def _new(width: float, height: float):
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()

@@ -19,7 +19,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -31,6 +31,9 @@ from nfscale.store.history import quality_quantiles, sampled_histories
 from nfscale.store.run_folder import Commit, Plan, RunFolder
 from nfscale.store.schema import OK_STATUSES, STATUS
 from nfscale.store.table import WeightsTable
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient  # seconds to import
 
 _BATCH = 1000  # metrics that MLflow takes in one call
 _MODEL_TAG = "nfscale.model"
@@ -50,6 +53,24 @@ def _store_folder(folder: RunFolder) -> Path:
     if is_uri(folder.files.root):
         return data_folder().resolve()
     return Path(folder.files.absolute()).resolve().parent
+
+
+def experiment_id(client: "MlflowClient", name: str, store_folder: Path) -> str:
+    """The experiment of this name, created where it is missing; artifacts of a SQLite store lie beside it."""
+    from mlflow.exceptions import MlflowException
+
+    if found := client.get_experiment_by_name(name):
+        return found.experiment_id
+    location = None
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        location = (store_folder / "mlartifacts").as_uri()
+    try:
+        return client.create_experiment(name, artifact_location=location)
+    except MlflowException:  # another process created it in between
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            raise
+        return found.experiment_id
 
 
 class Tracker:
@@ -125,7 +146,7 @@ class _Projection:
 
         self.folder, self.plan = folder, plan
         if not os.environ.get("MLFLOW_TRACKING_URI"):
-            _migrated_store(_store_folder(folder) / "mlruns.db")
+            migrated_store(_store_folder(folder) / "mlruns.db")
         self.client = MlflowClient(tracking_uri(folder))
         self.run_id = self._run()
         self.logged = self._logged_orders()
@@ -148,7 +169,7 @@ class _Projection:
 
     def _begun(self) -> str | None:
         """The run that a driver created before it was killed, if there is one."""
-        experiment = self._experiment(self.plan.job["track"]["experiment"])
+        experiment = experiment_id(self.client, self.plan.job["track"]["experiment"], _store_folder(self.folder))
         found = self.client.search_runs([experiment], f"tags.`nfscale.run` = '{self.plan.id}'", max_results=1)
         return found[0].info.run_id if found else None
 
@@ -164,7 +185,7 @@ class _Projection:
 
     def _created(self) -> str:
         job = self.plan.job
-        experiment = self._experiment(job["track"]["experiment"])
+        experiment = experiment_id(self.client, job["track"]["experiment"], _store_folder(self.folder))
         tags = {
             "nfscale.run": self.plan.id,
             "nfscale.modality": job["signal"]["kind"],
@@ -184,22 +205,6 @@ class _Projection:
         params.append(Param("weights_per_field", str(self.plan.layout.size)))
         for start in range(0, len(params), 100):
             self.client.log_batch(run_id, params=params[start : start + 100])
-
-    def _experiment(self, name: str) -> str:
-        from mlflow.exceptions import MlflowException
-
-        if found := self.client.get_experiment_by_name(name):
-            return found.experiment_id
-        location = None
-        if not os.environ.get("MLFLOW_TRACKING_URI"):
-            location = (_store_folder(self.folder) / "mlartifacts").as_uri()
-        try:
-            return self.client.create_experiment(name, artifact_location=location)
-        except MlflowException:  # another driver created it in between
-            found = self.client.get_experiment_by_name(name)
-            if found is None:
-                raise
-            return found.experiment_id
 
     def _log_inputs(self, run_id: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -348,7 +353,7 @@ def _tracking_uri_for_now(uri: str) -> Iterator[None]:
         mlflow.set_tracking_uri(before or None)  # type: ignore[arg-type] (None unsets it)
 
 
-def _migrated_store(path: Path) -> None:
+def migrated_store(path: Path) -> None:
     """A SQLite store that MLflow has set up, whole or not at all.
 
     MLflow sets up a fresh store in many steps. A kill in between, or two drivers that both do it, would

@@ -1,0 +1,33 @@
+"""What a command wrote into a folder, as an MLflow run of its own."""
+
+import math
+import os
+from pathlib import Path
+
+from nfscale.track.mlflow_tracker import experiment_id, migrated_store
+
+
+def log_folder(
+    folder: Path, experiment: str, name: str, params: dict[str, object], metrics: dict[str, float]
+) -> str | None:
+    """Log params, metrics and all files of a folder. Returns why that failed, or None.
+
+    The store is `MLFLOW_TRACKING_URI`, or `mlruns.db` in the folder above, as for runs.
+    """
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param
+
+    uri, above = os.environ.get("MLFLOW_TRACKING_URI"), folder.resolve().parent
+    try:
+        if not uri:
+            migrated_store(above / "mlruns.db")
+            uri = f"sqlite:///{above / 'mlruns.db'}"
+        client = MlflowClient(uri)
+        run_id = client.create_run(experiment_id(client, experiment, above), run_name=name).info.run_id
+        known = [Metric(key, value, 0, 0) for key, value in metrics.items() if math.isfinite(value)]
+        client.log_batch(run_id, known, [Param(key, str(value)) for key, value in params.items()])
+        client.log_artifacts(run_id, str(folder))
+        client.set_terminated(run_id)
+    except Exception as error:  # whatever a tracking server answers, the figures are in the folder
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return None
