@@ -80,7 +80,8 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
     if not dataset.ids:
         raise CallerError("the dataset is empty")
     probed = _probed(job, dataset)
-    signal = probed.signal
+    signal, fingerprint = probed.signal, job.fingerprint(ids_digest(dataset.ids))
+    job = job.settled(signal, probed.samples)
     field = job.build_field(signal.dimensions, signal.channels)
     available = len(probed.samples.values)
     per_step = available if job.fit.samples == "full" else min(job.fit.samples, available)
@@ -92,7 +93,7 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
         positions = seeded_sample(dataset.ids, 4 * wanted, job.seed, "calibration")
     return Plan(
         id=uuid.uuid4().hex,
-        fingerprint=job.fingerprint(digest),
+        fingerprint=fingerprint,
         job=job.model_dump(mode="json"),
         data_count=len(dataset.ids),
         ids_sha256=digest,

@@ -31,7 +31,7 @@ from nfscale.engine.result import Stop
 from nfscale.errors import CallerError
 from nfscale.fields import FIELDS
 from nfscale.optim import OPTIMIZERS, SCHEDULES, Schedule
-from nfscale.signals import SIGNALS
+from nfscale.signals import SIGNALS, samples_per_axis
 from nfscale.store.schema import StoreDtype
 
 FORMAT_VERSION = 1
@@ -88,6 +88,8 @@ class FitSection(_Section):
     samples: PositiveInt | Literal["full"] = 256
     sampling: Literal["stratified", "uniform"] = "stratified"
     check_every: PositiveInt = 50
+    objective: Literal["fit", "interpolate"] = "fit"
+    """Which side `field.weight_scale: auto` takes: speed, or what lies between the samples."""
     plateau_checks: PositiveInt | None = None
     plateau_gain: float = 0.1
     max_restarts: NonNegativeInt = 3
@@ -129,7 +131,7 @@ def _build(cls: type, section: BaseModel, **derived: Any) -> Any:
     """An instance of a kind's class from its section and the fields that the job derives."""
     names = {field.name for field in dataclasses.fields(cls)}
     keys = {name: getattr(section, name) for name in type(section).model_fields if name in names - _RUNTIME}
-    return cls(**keys, **{name: value for name, value in derived.items() if name in names})
+    return cls(**keys | {name: value for name, value in derived.items() if name in names})
 
 
 def _union(base: type[_Section], kinds: dict[str, type]) -> Any:
@@ -142,6 +144,8 @@ def _union(base: type[_Section], kinds: dict[str, type]) -> Any:
             if field.name not in _RUNTIME:
                 default = ... if field.default is dataclasses.MISSING else field.default
                 keys[field.name] = (hints[field.name], default)
+        if hasattr(cls, "auto_weight_scale"):
+            keys["weight_scale"] = (PositiveFloat | Literal["auto"], keys["weight_scale"][1])
         if base is OptimizerSection:
             keys["warmup"] = (NonNegativeInt, getattr(cls, "default_warmup", 0))
         models.append(create_model(f"{cls.__name__}Keys", __base__=base, __doc__=cls.__doc__, **keys))
@@ -234,14 +238,28 @@ class EncodeJob(_Section):
 
     def build_field(self, dimensions: int, channels: int) -> Any:
         """The field between these numbers of coordinates and channels."""
-        return _build(FIELDS[self.field.kind], self.field, dimensions=dimensions, channels=channels)
+        derived: dict[str, Any] = {"dimensions": dimensions, "channels": channels}
+        if self.field.weight_scale == "auto":  # not settled yet
+            derived["weight_scale"] = 1.0
+        return _build(FIELDS[self.field.kind], self.field, **derived)
+
+    def settled(self, signal: Any, samples: Any) -> "EncodeJob":
+        """The job with `field.weight_scale: auto` decided by these samples, see `MLP.auto_weight_scale`."""
+        if getattr(self.field, "weight_scale", None) != "auto":
+            return self
+        keys = self.field
+        scale = FIELDS[keys.kind].auto_weight_scale(
+            samples_per_axis(signal, samples), keys.omega_0, keys.depth, self.fit.objective
+        )
+        return self.model_copy(update={"field": keys.model_copy(update={"weight_scale": round(scale, 3)})})
 
     def build_optimizer(self, samples_per_step: int) -> Any:
         """The optimiser for steps of this many samples."""
         cls, section = OPTIMIZERS[self.optimizer.kind], self.optimizer
         rate = section.learning_rate
         if rate == "auto":
-            rate = cls.auto_learning_rate(self.field.width, self.field.weight_scale, samples_per_step)
+            scale = 1.0 if self.field.weight_scale == "auto" else self.field.weight_scale
+            rate = cls.auto_learning_rate(self.field.width, scale, samples_per_step)
         schedule = Schedule(section.schedule, self.fit.max_steps, section.warmup)
         return _build(cls, section, learning_rate=rate, schedule=schedule)
 

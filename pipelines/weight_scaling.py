@@ -28,7 +28,7 @@ import nfscale
 from nfscale.datasets import DATASETS, seeded_sample
 from nfscale.errors import NfscaleError
 from nfscale.fields import MLP, MultiplicativeFilters
-from nfscale.signals import Audio, Image, Occupancy, Samples, Sphere
+from nfscale.signals import Audio, Image, Occupancy, Samples, Sphere, samples_per_axis
 from nfscale.track import log_folder
 
 PAPER_RATE = 1e-4
@@ -258,7 +258,7 @@ def at_the_papers_rate(report: Report, task: Task, few: Task, small: bool) -> di
     for method in METHODS:
         is_main = method in ("siren", "weight_scaling")
         of = task if is_main or not small else few
-        steps = 240 if method == "siren" or not small else AT_STEPS
+        steps = 200 if method == "siren" or not small else AT_STEPS
         found[method] = report.add(fits(of, method, PAPER_RATE, "constant", steps, None, curves=curves))
     report.say("## The paper's protocol: Adam 1e-4, constant, full batch", "")
     names = {name for name, _ in few.data}
@@ -344,27 +344,33 @@ def in_other_modalities(report: Report, small: bool) -> None:
 
 
 def what_is_held_back(report: Report, count: int, steps: int, small: bool) -> None:
-    """Quality on pixels held back against acceleration, over the weight scale and over omega."""
+    """Quality on pixels held back against acceleration, over the weight scale and over omega, with the rule's choices."""
     task = replace(photographs(count, 64, holdout=2), width=64)
+    axis = samples_per_axis(task.signal, task.data[0][1])
+    rule = {
+        round(MLP.auto_weight_scale(axis, task.omega_0, task.depth, objective), 3): f"auto, {objective}"
+        for objective in ("interpolate", "fit")
+    }
     alphas = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
     report.say("", "## Pixels held back (every second), width 64, Adam 1e-3 with cosine decay", "")
     report.say("| what | value | held back, dB | fitted, dB | steps to 35 dB |", "|---|---|---|---|---|")
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for name, method in (("weight_scale", "weight_scaling"), ("omega_0", "siren")):
         points = []
-        for alpha in alphas:
+        for alpha in sorted({*alphas, *rule}) if name == "weight_scale" else alphas:
             geometry: dict[str, Any] = {"weight_scale": alpha} if name == "weight_scale" else {"omega_0": 30.0 * alpha}
             got = report.add(fits(task, method, 1e-3, "cosine", steps, None, check_every=5, **geometry))
             held = median(fit.heldout for fit in got if fit.heldout is not None)
             fast, fitted = median(fit.steps_to(1) for fit in got), median(fit.best for fit in got)
             value = alpha if name == "weight_scale" else 30 * alpha
-            report.say(f"| {name} | {value:g} | {held:.2f} | {fitted:.2f} | {written(fast, '.0f')} |")
-            points.append((fast, held, value))
+            chosen = f"{value:g}" + (f" ({rule[value]})" if name == "weight_scale" and value in rule else "")
+            report.say(f"| {name} | {chosen} | {held:.2f} | {fitted:.2f} | {written(fast, '.0f')} |")
+            points.append((fast, held, chosen))
         first = points[0][0]
         axes.plot([first / fast for fast, _, _ in points], [held for _, held, _ in points], "o-", label=name)
         for fast, held, value in points:
             if math.isfinite(first / fast):
-                axes.annotate(f"{value:g}", (first / fast, held), fontsize=7)
+                axes.annotate(value, (first / fast, held), fontsize=7)
     axes.set_xlabel("acceleration: steps to 35 dB of the first, divided by those of each")
     axes.set_ylabel("PSNR of pixels held back (dB)")
     axes.legend()

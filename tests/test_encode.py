@@ -11,7 +11,7 @@ from PIL import Image
 
 from nfscale.coordinator import Failure, Lease
 from nfscale.driver import InProcessPool, open_run, remaining, serve
-from nfscale.encode import OpenRun, ShardReport, encode_shard
+from nfscale.encode import OpenRun, ShardReport, encode_shard, make_plan
 from nfscale.errors import CallerError, EncodeError, MismatchError
 from nfscale.store import open_weights
 from nfscale.store.run_folder import Commit, Shard
@@ -363,3 +363,16 @@ def test_a_complete_run_whose_files_are_gone_says_so_and_what_to_do(tmp_path):
     (folder.files.path / "commits" / f"{commit.shard}.json").unlink()
     encode_in_process(job)
     assert not verify(folder).mismatches
+
+
+@pytest.mark.parametrize(("objective", "wanted"), [("fit", 2.0), ("interpolate", 1.0)])
+def test_an_automatic_weight_scale_is_decided_once_and_stays_with_the_run(tmp_path, objective, wanted):
+    overrides = ("field.weight_scale=auto", f"fit.objective={objective}", "field.omega_0=4", "field.depth=2")
+    job = tiny_job(tmp_path, *overrides)
+    plan = make_plan(job)
+    scale = plan.job["field"]["weight_scale"]
+    axis = 8 / (1 - 1 / 8)  # the digits' pixels, whose centres span less than [-1, 1]
+    assert scale == pytest.approx((wanted * axis / 4) ** 0.5, abs=1e-3)
+    assert plan.forward["field"]["keys"]["weight_scale"] == scale
+    assert plan.fingerprint == make_plan(job).fingerprint
+    assert plan.fingerprint != make_plan(tiny_job(tmp_path, *overrides, f"field.weight_scale={scale}")).fingerprint

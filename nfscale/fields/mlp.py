@@ -100,6 +100,24 @@ class MLP:
             return () if index == 0 else maps, () if index == 0 or is_last else maps
         return () if is_last else maps, () if is_last else maps
 
+    @staticmethod
+    def auto_weight_scale(
+        samples_per_axis: float, omega_0: float, depth: int, objective: Literal["fit", "interpolate"]
+    ) -> float:
+        """The weight scale a for which omega_0 a^depth is the number of samples along an axis of [-1, 1], or twice it.
+
+        The first layer reaches omega_0 a, and each further layer multiplies the highest frequency by about a;
+        pi / 2 times the samples is the highest frequency that they can tell. "interpolate" stays below it, "fit" goes
+        beyond, which is faster and invents detail between the samples. Never below 1, which is SIREN.
+
+        Evidence: whole photographs with every second pixel held back, 34 and 68 fitted pixels along an axis, widths 32
+        to 128, depths 2 and 4, a of 1, 1.1, 1.25, 1.5 and 2. The largest a that lost at most 1.2 dB of what was held
+        back had a^depth of 1.2 to 1.6 and of 2.4 to 2.7; the a that reached 30 dB first 2 and 5 (width and modality
+        are not in the rule: the first made no difference, the second was not measured).
+        """
+        wanted = (2.0 if objective == "fit" else 1.0) * samples_per_axis / omega_0
+        return max(1.0, wanted) ** (1 / depth)
+
     def bounds(self, index: int) -> tuple[float, float]:
         """Half-widths of the uniform distributions of layer `index`: (weights, biases)."""
         (fan_out, fan_in), activation = self.shapes[index], ACTIVATIONS[self.activation]

@@ -4,7 +4,7 @@ Adding a modality is one file here and one line in `SIGNALS`.
 """
 
 from nfscale.signals.audio import Audio, Sound
-from nfscale.signals.base import Kind, Pointwise, Samples, Signal, mean_squared_error, psnr_db
+from nfscale.signals.base import Kind, Pointwise, Samples, Signal, mean_squared_error, psnr_db, samples_per_axis
 from nfscale.signals.image import Image
 from nfscale.signals.occupancy import Grid, Labelled, Mesh, Occupancy, Solid
 from nfscale.signals.radiance import Radiance, Scene
@@ -38,4 +38,5 @@ __all__ = [
     "SphereMap",
     "mean_squared_error",
     "psnr_db",
+    "samples_per_axis",
 ]

@@ -82,6 +82,19 @@ class Samples:
         return Samples(**mapped)
 
 
+def samples_per_axis(signal: "Signal", samples: "Samples") -> float:
+    """How many samples of a datum lie along an axis of [-1, 1], where they fill it evenly.
+
+    The surface of a sphere has two axes; views count as samples of a volume.
+    """
+    axes = getattr(signal, "axes", signal.dimensions)
+    count = float(len(samples.values))
+    if axes == samples.coordinates.shape[1]:
+        spans = samples.coordinates.amax(0) - samples.coordinates.amin(0)
+        count /= float((spans / 2).clamp(min=1e-3).prod())
+    return count ** (1 / axes)
+
+
 class Signal(Protocol):
     """The contract of every entry of `SIGNALS`."""
 

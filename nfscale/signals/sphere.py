@@ -83,6 +83,7 @@ class Sphere(Pointwise):
     """Keep every so many-th cell back from the fit, for `quality_heldout`."""
 
     dimensions = 3
+    axes = 2
     squared_error = True
     quality_name = "psnr_db"
 

@@ -70,6 +70,14 @@ def test_coordinates_without_a_field_axis_of_their_own_are_shared():
     assert torch.equal(mlp.apply(params, shared), mlp.apply(params, shared.repeat(len(SEEDS), 1, 1)))
 
 
+def test_the_automatic_weight_scale_spans_the_frequencies_that_the_samples_can_tell():
+    for depth in (1, 2, 5):
+        scale = MLP.auto_weight_scale(100, 20.0, depth, "interpolate")
+        assert 20.0 * scale**depth == pytest.approx(100)
+        assert 20.0 * MLP.auto_weight_scale(100, 20.0, depth, "fit") ** depth == pytest.approx(200)
+    assert MLP.auto_weight_scale(10, 30.0, 4, "fit") == 1.0
+
+
 @pytest.mark.parametrize("weight_scale", [1.0, 1.7])
 def test_init_fills_the_bounds_of_each_layer(weight_scale):
     dimensions, width, depth, omega = 3, 24, 3, 20.0
