@@ -272,8 +272,9 @@ def at_the_papers_rate(report: Report, task: Task, few: Task, small: bool) -> di
         seconds = median(fit.seconds_per_step for fit in got)
         report.say(f"| {method} | {written(after, '.1f')} | {reached} | {1e3 * seconds:.1f} |")
     pyplot.figure(figsize=(7, 4.5))
-    for method, (steps, quality) in curves.items():
-        pyplot.plot(steps, quality, label=method, linewidth=2.5 if method == "weight_scaling" else 1)
+    for index, (method, (steps, quality)) in enumerate(curves.items()):
+        width = 2.5 if method == "weight_scaling" else 1.2
+        pyplot.plot(steps, quality, label=method, linewidth=width, color=pyplot.get_cmap("tab20")(index))
     pyplot.xlabel("steps, Adam 1e-4, full batch")
     pyplot.ylabel("PSNR (dB)")
     pyplot.title(f"{task.data[0][0].split('/')[0]}, 64 x 64 grey, width {task.width}")
@@ -344,7 +345,7 @@ def in_other_modalities(report: Report, small: bool) -> None:
 
 
 def what_is_held_back(report: Report, count: int, steps: int, small: bool) -> None:
-    """Quality on pixels held back against acceleration, over the weight scale and over omega, with the rule's choices."""
+    """Quality on pixels held back against acceleration, over the weight scale (the rule's too) and over omega."""
     task = replace(photographs(count, 64, holdout=2), width=64)
     axis = samples_per_axis(task.signal, task.data[0][1])
     rule = {

@@ -181,3 +181,17 @@ def test_every_command_has_help_with_an_example(command):
     shown = nfscale(command, "--help")
     assert shown.returncode == 0
     assert f"nfscale {command} " in shown.stdout.split("Example:")[1]
+
+
+def test_the_help_of_encode_lists_the_names_that_a_job_may_use():
+    shown = " ".join(nfscale("encode", "--help").stdout.split())
+    assert "field.activation: sine, finer, gaussian, sinc, gabor, complex_gabor, relu" in shown
+    assert "field.encoding: none, positional, fourier" in shown
+    assert "field.kind: mlp, mfn, hash_grid" in shown
+
+
+@pytest.mark.parametrize("what", ["init", "spectrum", "ntk"])
+def test_every_diagnosis_has_help_with_an_example(what):
+    shown = nfscale("diagnose", what, "--help")
+    assert shown.returncode == 0
+    assert f"nfscale diagnose {what} " in " ".join(shown.stdout.split("Example:")[1].split())
