@@ -87,10 +87,12 @@ def samples_per_axis(signal: "Signal", samples: "Samples") -> float:
 
     The surface of a sphere has two axes; views count as samples of a volume.
     """
-    axes = getattr(signal, "axes", signal.dimensions)
-    count = float(len(samples.values))
-    if axes == samples.coordinates.shape[1]:
-        spans = samples.coordinates.amax(0) - samples.coordinates.amin(0)
+    axes, coordinates = getattr(signal, "axes", signal.dimensions), samples.coordinates
+    count = float(len(coordinates))
+    if samples.mask is not None:  # weights, of which a sample that is there twice has halves
+        coordinates, count = coordinates[samples.mask > 0], float(samples.mask.sum())
+    if axes == coordinates.shape[1]:
+        spans = coordinates.amax(0) - coordinates.amin(0)
         count /= float((spans / 2).clamp(min=1e-3).prod())
     return count ** (1 / axes)
 

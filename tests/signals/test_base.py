@@ -19,7 +19,7 @@ def test_a_sound_shorter_than_the_span_has_the_samples_of_its_rate():
     audio = Audio(channels=1, span=2.0)
     noise = np.random.default_rng(0).uniform(-1, 1, (1000, 1)).astype(np.float32)
     found = samples_per_axis(audio, audio.samples(Sound(noise, 4000)))
-    assert found == pytest.approx(2 * 4000, rel=0.05)  # of [-1, 1], about two seconds
+    assert found == pytest.approx(2 * 4000, rel=0.01)  # of [-1, 1], which is two seconds
 
 
 def test_a_sphere_has_two_axes():
