@@ -1,5 +1,6 @@
 """`nfscale encode`: plan, fit, store, record, review. Run again, it resumes."""
 
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -87,7 +88,7 @@ def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console, ret
     display = ProgressDisplay(console)
     observers = [display, tracker] if tracker else [display]
     pool: Pool | None = None
-    state = "FAILED"
+    state, code, is_starting = "FAILED", None, False
     termination = Termination()
     try:
         with termination:
@@ -96,7 +97,9 @@ def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console, ret
                 observer.on_start(folder, plan, commits)
             summary = Summary(str(folder), job.name, was_complete=folder.is_complete)
             if not folder.is_complete or retry_failed:
+                is_starting = True
                 pool = _pool(job, folder)
+                is_starting = False
                 termination.install()
                 summary = serve(folder, plan, pool, observers, retry_failed)
                 display.close()
@@ -125,6 +128,16 @@ def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console, ret
             pool.close()
         if tracker:
             tracker.close(state, _TRACKER_SECONDS)
+        if code is not None and is_starting:
+            _leave_at_once(int(code))
+
+
+def _leave_at_once(code: int) -> None:
+    """End the process without Python's own ending, in which a Ray that is half started aborts; what it has started
+    ends with its parent."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _pool(job: EncodeJob, folder: RunFolder) -> Pool:
