@@ -80,12 +80,12 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
     if not dataset.ids:
         raise CallerError("the dataset is empty")
     probed = _probed(job, dataset)
-    signal, fingerprint = probed.signal, job.fingerprint(ids_digest(dataset.ids))
+    signal, digest = probed.signal, ids_digest(dataset.ids)
+    fingerprint = job.fingerprint(digest)
     job = job.settled(signal, probed.samples)
     field = job.build_field(signal.dimensions, signal.channels)
     available = len(probed.samples.values)
     per_step = available if job.fit.samples == "full" else min(job.fit.samples, available)
-    digest = ids_digest(dataset.ids)
     theta0 = theta0_of(field, job.seed).numpy() if job.field.init == "shared" else None
     positions: list[int] = []
     if job.needs_calibration:

@@ -245,7 +245,7 @@ class EncodeJob(_Section):
 
     def settled(self, signal: Any, samples: Any) -> "EncodeJob":
         """The job with `field.weight_scale: auto` decided by these samples, see `MLP.auto_weight_scale`."""
-        if getattr(self.field, "weight_scale", None) != "auto":
+        if self.field.weight_scale != "auto":
             return self
         keys = self.field
         scale = FIELDS[keys.kind].auto_weight_scale(

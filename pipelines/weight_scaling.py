@@ -344,7 +344,7 @@ def in_other_modalities(report: Report, small: bool) -> None:
                 )
 
 
-def what_is_held_back(report: Report, count: int, steps: int, small: bool) -> None:
+def what_is_held_back(report: Report, count: int, steps: int) -> None:
     """Quality on pixels held back against acceleration, over the weight scale (the rule's too) and over omega."""
     task = replace(photographs(count, 64, holdout=2), width=64)
     axis = samples_per_axis(task.signal, task.data[0][1])
@@ -395,7 +395,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     paper = at_the_papers_rate(report, whole, few, chosen.small)
     tuned = at_their_own_rates(report, whole, few, chosen.small, paper)
     in_other_modalities(report, chosen.small)
-    what_is_held_back(report, 4 if chosen.small else 10, 200 if chosen.small else 600, chosen.small)
+    what_is_held_back(report, 4 if chosen.small else 10, 200 if chosen.small else 600)
     steps = {method: median(fit.steps_to(2) for fit in got) for method, got in paper.items()}
     ratios = {
         "paper_rate": steps["siren"] / steps["weight_scaling"],

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nfscale.fields.keys import refuse_unless_positive
 from nfscale.layout import Layout, Params
 from nfscale.rng import Stream, uniform
 
@@ -43,9 +44,8 @@ class HashGrid:
     """Multiplies all matrices but the last, as in the other fields."""
 
     def __post_init__(self) -> None:
-        for name in ("dimensions", "channels", "width", "depth", "levels", "features", "coarsest", "weight_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is above 0, got {getattr(self, name)}")
+        sizes = ("dimensions", "channels", "width", "depth", "levels", "features", "coarsest")
+        refuse_unless_positive(self, (*sizes, "weight_scale"))
         if self.dimensions > len(_PRIMES):
             raise ValueError(f"a hash grid has at most {len(_PRIMES)} dimensions, got {self.dimensions}")
         if self.table_size < 2 or self.table_size & (self.table_size - 1):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nfscale.fields.keys import refuse_unless_positive
 from nfscale.layout import Layout, Params
 from nfscale.rng import Stream, uniform
 
@@ -36,9 +37,7 @@ class MultiplicativeFilters:
     def __post_init__(self) -> None:
         if self.filter not in ("fourier", "gabor"):
             raise ValueError(f"unknown filter {self.filter!r}; known: fourier, gabor")
-        for name in ("dimensions", "channels", "width", "depth", "input_scale", "weight_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is above 0, got {getattr(self, name)}")
+        refuse_unless_positive(self, ("dimensions", "channels", "width", "depth", "input_scale", "weight_scale"))
 
     @cached_property
     def layout(self) -> Layout:

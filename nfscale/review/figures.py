@@ -67,26 +67,24 @@ def activations(values: dict[str, list[np.ndarray]]) -> str:
 
 def spectra(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> str:
     """Power over frequency of fields and data."""
-    figure, axes = _new(6.2, 3.4)
-    for index, (name, (frequencies, power)) in enumerate(curves.items()):
-        axes.plot(frequencies[1:], power[1:], label=name, color=f"C{index}", linewidth=1.5)
-    axes.set_yscale("log")
-    axes.set_xscale("log")
-    axes.set_xlabel("frequency [cycles per unit of the coordinates]")
-    axes.set_ylabel("share of the power")
-    axes.legend(frameon=False, labelcolor=_INK, fontsize=8)
-    return _svg(figure)
+    shown = {name: (frequencies[1:], power[1:]) for name, (frequencies, power) in curves.items()}
+    return _both_logarithmic(shown, "frequency [cycles per unit of the coordinates]", "share of the power")
 
 
 def eigenvalues(curves: dict[str, np.ndarray]) -> str:
     """Spectra of kernels: eigenvalues from the largest on."""
+    shown = {name: (np.arange(len(v)) + 1.0, np.maximum(v, v[0] * 1e-12)) for name, v in curves.items()}
+    return _both_logarithmic(shown, "rank", "eigenvalue of the tangent kernel, over its size")
+
+
+def _both_logarithmic(curves: dict[str, tuple[np.ndarray, np.ndarray]], x: str, y: str) -> str:
     figure, axes = _new(6.2, 3.4)
-    for index, (name, values) in enumerate(curves.items()):
-        axes.plot(np.arange(1, len(values) + 1), np.maximum(values, values[0] * 1e-12), label=name, color=f"C{index}")
-    axes.set_yscale("log")
+    for index, (name, (places, values)) in enumerate(curves.items()):
+        axes.plot(places, values, label=name, color=f"C{index}", linewidth=1.5)
     axes.set_xscale("log")
-    axes.set_xlabel("rank")
-    axes.set_ylabel("eigenvalue of the tangent kernel, over its size")
+    axes.set_yscale("log")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
     axes.legend(frameon=False, labelcolor=_INK, fontsize=8)
     return _svg(figure)
 

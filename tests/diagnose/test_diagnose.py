@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from nfscale.diagnose import (
     field_spectrum,
@@ -128,8 +129,6 @@ def test_a_datum_that_is_not_there_is_refused(tmp_path):
 
 @pytest.mark.parametrize("what", ["init", "spectrum", "ntk"])
 def test_the_command_writes_a_plot_and_figures_of_the_job_and_of_what_stands_beside_it(tmp_path, what):
-    import yaml
-
     job = tmp_path / "job.yaml"
     job.write_text(yaml.safe_dump(tiny_settings(tmp_path / "run")))
     assert load_job(job).track.enabled
