@@ -82,9 +82,9 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
     probed = _probed(job, dataset)
     signal, digest = probed.signal, ids_digest(dataset.ids)
     fingerprint = job.fingerprint(digest)
-    job = job.settled(signal, probed.samples)
+    job = job.settled(signal, probed.contents)
     field = job.build_field(signal.dimensions, signal.channels)
-    available = len(probed.samples.values)
+    available = len(signal.samples(probed.contents[0]).values)
     per_step = available if job.fit.samples == "full" else min(job.fit.samples, available)
     theta0 = theta0_of(field, job.seed).numpy() if job.field.init == "shared" else None
     positions: list[int] = []
@@ -114,8 +114,8 @@ class _Probed:
     """What the first data say of the rest."""
 
     signal: Signal
-    samples: Samples
-    """Of the first datum that can be read."""
+    contents: list[Any]
+    """The first few data that can be read."""
     label_type: LabelType
 
 
@@ -149,7 +149,7 @@ def _probed(job: EncodeJob, dataset: Dataset) -> _Probed:
         raise CallerError(f"none of {tried} data that were tried can be read; the last of them, {reason}")
     signal = job.build_signal(contents)
     label_type = "int64" if labels and isinstance(labels[0], int) else "string"
-    return _Probed(signal, signal.samples(contents[0]), label_type)
+    return _Probed(signal, contents, label_type)
 
 
 def _probed_positions(job: EncodeJob, dataset: Dataset) -> Iterator[int]:

@@ -8,6 +8,7 @@ another kind are refused. The layers below receive values they can trust.
 import dataclasses
 import hashlib
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_type_hints
@@ -30,6 +31,7 @@ from nfscale.datasets.base import Dataset, Opener, Repeated, open_limited
 from nfscale.engine.result import Stop
 from nfscale.errors import CallerError
 from nfscale.fields import FIELDS
+from nfscale.fields.initializations import NOISES
 from nfscale.optim import OPTIMIZERS, SCHEDULES, Schedule
 from nfscale.signals import SIGNALS, samples_per_axis
 from nfscale.store.schema import StoreDtype
@@ -184,7 +186,7 @@ class EncodeJob(_Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "EncodeJob":
-        self.build_field(dimensions=2, channels=1)
+        self.build_field(dimensions=SIGNALS[self.signal.kind].dimensions, channels=1)
         self.build_optimizer(samples_per_step=1)
         self._signal_can_be()
         if self.needs_calibration and self.field.init == "per_datum":
@@ -241,17 +243,30 @@ class EncodeJob(_Section):
         derived: dict[str, Any] = {"dimensions": dimensions, "channels": channels}
         if self.field.weight_scale == "auto":  # not settled yet
             derived["weight_scale"] = 1.0
+        if self._lacks_centroid:
+            derived["spectral_centroid"] = 0.0
         return _build(FIELDS[self.field.kind], self.field, **derived)
 
-    def settled(self, signal: Any, samples: Any) -> "EncodeJob":
-        """The job with `field.weight_scale: auto` decided by these samples, see `MLP.auto_weight_scale`."""
-        if self.field.weight_scale != "auto":
-            return self
+    @property
+    def _lacks_centroid(self) -> bool:
         keys = self.field
-        scale = FIELDS[keys.kind].auto_weight_scale(
-            samples_per_axis(signal, samples), keys.omega_0, keys.depth, self.fit.objective
-        )
-        return self.model_copy(update={"field": keys.model_copy(update={"weight_scale": round(scale, 3)})})
+        return getattr(keys, "initialization", None) in NOISES and keys.spectral_centroid is None
+
+    def settled(self, signal: Any, contents: Sequence[Any]) -> "EncodeJob":
+        """The job with what its field leaves open decided by these data.
+
+        `field.weight_scale: auto`, see `MLP.auto_weight_scale`; the spectral centroid of initialization=winner, the
+        median of theirs.
+        """
+        keys, found = self.field, {}
+        if keys.weight_scale == "auto":
+            axis = samples_per_axis(signal, signal.samples(contents[0]))
+            scale = FIELDS[keys.kind].auto_weight_scale(axis, keys.omega_0, keys.depth, self.fit.objective)
+            found["weight_scale"] = round(scale, 3)
+        if self._lacks_centroid:
+            centroid = statistics.median(signal.spectral_centroid(content) for content in contents)
+            found["spectral_centroid"] = round(centroid, 4)
+        return self.model_copy(update={"field": keys.model_copy(update=found)}) if found else self
 
     def build_optimizer(self, samples_per_step: int) -> Any:
         """The optimiser for steps of this many samples."""

@@ -10,6 +10,7 @@ right shift is followed by a mask, because int64 shifts are arithmetic.
 """
 
 import hashlib
+import math
 from enum import IntEnum
 
 import torch
@@ -28,6 +29,7 @@ class Stream(IntEnum):
     SAMPLING = 1
     PROBE = 2
     JITTER = 3
+    NOISE = 4
 
 
 def datum_seed(seed: int, datum_id: str) -> int:
@@ -83,6 +85,13 @@ def words(seeds: Tensor, stream: Stream, step: Tensor | int, count: int) -> Tens
 def uniform(seeds: Tensor, stream: Stream, step: Tensor | int, count: int) -> Tensor:
     """Uniform float32 in [0, 1) on the grid of 2^-24: [F] -> [F, count]."""
     return (words(seeds, stream, step, count) >> 8).to(torch.float32) * 2.0**-24
+
+
+def normal(seeds: Tensor, stream: Stream, step: Tensor | int, count: int) -> Tensor:
+    """Standard normal float32: [F] -> [F, count], by Box & Muller (1958) from pairs of uniform numbers."""
+    first, second = uniform(seeds, stream, step, count + count % 2).double().view(len(seeds), -1, 2).unbind(2)
+    radius, angle = (-2 * (1 - first).log()).sqrt(), 2 * math.pi * second
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=2).flatten(1)[:, :count].float()
 
 
 def rademacher(seeds: Tensor, stream: Stream, step: Tensor | int, count: int) -> Tensor:

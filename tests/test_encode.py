@@ -7,12 +7,13 @@ import os
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image as Pillow
 
 from nfscale.coordinator import Failure, Lease
 from nfscale.driver import InProcessPool, open_run, remaining, serve
 from nfscale.encode import OpenRun, ShardReport, encode_shard, make_plan
 from nfscale.errors import CallerError, EncodeError, MismatchError
+from nfscale.signals import Image
 from nfscale.store import open_weights
 from nfscale.store.run_folder import Commit, Shard
 from nfscale.store.schema import write_parquet
@@ -125,8 +126,8 @@ def photographs(tmp_path):
     rng = np.random.default_rng(0)
     for index in range(12):
         shape = (8, 8, 3) if index % 2 else (4, 12, 3)
-        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(root / f"good-{index:02d}.png")
-    Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(root / "bad-grey.png")
+        Pillow.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(root / f"good-{index:02d}.png")
+    Pillow.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(root / "bad-grey.png")
     (root / "bad-empty.png").write_bytes(b"")
     (root / "bad-text.png").write_text("hello")
     (root / "bad-cut.png").write_bytes((root / "good-00.png").read_bytes()[:80])
@@ -261,7 +262,7 @@ def test_failed_data_are_fitted_anew_and_the_others_kept(tmp_path, photographs):
     job = _folder_job(tmp_path, photographs, "run")
     folder, _ = encode_in_process(job)
     before = {row["datum_id"]: row for row in open_weights(folder.files.path).to_arrow().to_pylist()}
-    Image.fromarray(np.full((8, 8, 3), 99, dtype=np.uint8)).save(photographs / "bad-text.png")
+    Pillow.fromarray(np.full((8, 8, 3), 99, dtype=np.uint8)).save(photographs / "bad-text.png")
     summary = serve(folder, folder.plan(), InProcessPool(folder), [], retry_failed=True)
     assert summary.fitted_here == 16, "the one shard that held failures"
     after = {row["datum_id"]: row for row in open_weights(folder.files.path).to_arrow().to_pylist()}
@@ -363,6 +364,36 @@ def test_a_complete_run_whose_files_are_gone_says_so_and_what_to_do(tmp_path):
     (folder.files.path / "commits" / f"{commit.shard}.json").unlink()
     encode_in_process(job)
     assert not verify(folder).mismatches
+
+
+def test_the_centroid_of_winner_is_measured_in_the_first_data_and_stays_with_the_run(tmp_path):
+    job = tiny_job(tmp_path, "field.initialization=winner")
+    plan = make_plan(job)
+    centroid = plan.forward["field"]["keys"]["spectral_centroid"]
+    dataset, signal = job.open_dataset(), Image(1)
+    rows = [np.abs(np.fft.rfft(signal.original(dataset.read(n).content)[:, :, 0] - 0.5, axis=1)) for n in range(8)]
+    shares = np.arange(5) / 4  # of the Nyquist frequency, of 8 pixels
+    assert centroid == pytest.approx(np.median([((r @ shares) / r.sum(axis=1)).mean() for r in rows]), abs=1e-4)
+    assert plan.job["field"]["spectral_centroid"] == centroid
+    given = make_plan(tiny_job(tmp_path, "field.initialization=winner", "field.spectral_centroid=0.9"))
+    assert given.forward["field"]["keys"]["spectral_centroid"] == 0.9
+    with pytest.raises(CallerError, match="constants for 1 and 2 coordinates"):
+        tiny_job(tmp_path, "field.initialization=winner", "signal.kind=occupancy", "dataset.kind=shapes")
+
+
+def test_moved_pixels_decode_at_the_size_of_their_fit_alone(tmp_path):
+    encode_in_process(tiny_job(tmp_path, "signal.transform=permutation"))
+    table = open_weights(tmp_path)
+    assert verify(table.folder).mismatches == []
+    ids = table.to_arrow(columns=["datum_id"])["datum_id"].to_pylist()[:1]
+    (digit,) = table.decode(ids)
+    assert digit.shape == (8, 8, 1)
+    assert np.array_equal(table.decode(ids, (8, 8))[0], digit)
+    for shape in ("16x16", (16, 16)):
+        with pytest.raises(
+            CallerError, match=r"moved pixels, which decode at the size of their fit alone \(\(8, 8\)\)"
+        ):
+            table.decode(ids, shape)
 
 
 @pytest.mark.parametrize(("objective", "wanted"), [("fit", 2.0), ("interpolate", 1.0)])

@@ -4,11 +4,12 @@ Oracle: the known-answer vectors that Salmon et al. publish with Random123 (`kat
 """
 
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nfscale.rng import Stream, as_tensor, datum_seed, philox, rademacher, uniform, words
+from nfscale.rng import Stream, as_tensor, datum_seed, normal, philox, rademacher, uniform, words
 
 SEEDS = as_tensor([datum_seed(0, f"datum-{index}") for index in range(64)])
 
@@ -66,7 +67,7 @@ def test_words_are_the_lanes_of_the_counter_in_order():
     ]
 
 
-@pytest.mark.parametrize("draw", [words, uniform, rademacher])
+@pytest.mark.parametrize("draw", [words, uniform, normal, rademacher])
 def test_a_draw_does_not_depend_on_the_place_in_the_batch(draw):
     together = draw(SEEDS, Stream.PROBE, 3, 37)
     order = torch.arange(len(SEEDS)).flip(0)
@@ -75,12 +76,12 @@ def test_a_draw_does_not_depend_on_the_place_in_the_batch(draw):
         assert torch.equal(draw(SEEDS[index : index + 1], Stream.PROBE, 3, 37)[0], together[index])
 
 
-@pytest.mark.parametrize("draw", [words, uniform, rademacher])
+@pytest.mark.parametrize("draw", [words, uniform, normal, rademacher])
 def test_a_longer_draw_begins_with_the_shorter(draw):
     assert torch.equal(draw(SEEDS, Stream.INIT, 0, 101)[:, :33], draw(SEEDS, Stream.INIT, 0, 33))
 
 
-@pytest.mark.parametrize("draw", [words, uniform, rademacher])
+@pytest.mark.parametrize("draw", [words, uniform, normal, rademacher])
 def test_steps_of_a_batch_are_the_fields_own(draw):
     steps = torch.arange(len(SEEDS)) * 7
     together = draw(SEEDS, Stream.SAMPLING, steps, 40)
@@ -117,6 +118,18 @@ def test_uniform_draws_of_neighbouring_positions_and_seeds_are_uncorrelated():
     drawn = uniform(SEEDS, Stream.INIT, 0, 4096).double() - 0.5
     for product in (drawn[:, 1:] * drawn[:, :-1], drawn[1:] * drawn[:-1]):
         assert abs(product.mean()) < 4 / 12 / product.numel() ** 0.5
+
+
+def test_normal_has_the_distribution_of_its_name():
+    drawn = normal(SEEDS, Stream.NOISE, 2, 4097)
+    assert drawn.shape == (64, 4097)
+    assert drawn.dtype == torch.float32
+    law, count = scipy.stats.norm, drawn.numel()
+    assert (
+        scipy.stats.kstest(drawn.flatten().numpy(), law.cdf).statistic < 1.63 / count**0.5
+    )  # 1 % of true draws are above
+    pairs = drawn[:, :4096].double().view(64, -1, 2)
+    assert abs(pairs.prod(dim=2).mean()) < 4 / pairs[..., 0].numel() ** 0.5
 
 
 def test_rademacher_is_balanced_signs():

@@ -54,7 +54,7 @@ def subject_of(job: EncodeJob, datum_id: str | None = None) -> Subject:
         except ValueError as error:
             reason = f"{datum.id}: {error}"
             continue
-        job = job.settled(signal, samples)
+        job = job.settled(signal, [datum.content])
         field = job.build_field(signal.dimensions, signal.channels)
         if job.field.init == "shared":
             row = theta0_of(field, job.seed)

@@ -1,4 +1,5 @@
-"""Initializations of coordinate MLPs: the half-widths of the uniform distributions that weights are drawn from.
+"""Initializations of coordinate MLPs: the half-widths of the uniform distributions that weights are drawn from, and the
+deviation of Gaussian noise on top of them.
 
 Biases are torch's default for a linear layer, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), in all of them, as in the code of the
 papers (but FINER's first, which are its own).
@@ -22,6 +23,14 @@ class Place:
     activation: Activation
     scales: Scales
     weight_scale: float
+    index: int = 0
+    """Of its layer."""
+    omega: float = 30.0
+    """Of its layer's activation."""
+    dimensions: int = 2
+    """Of the coordinates."""
+    centroid: float = 0.0
+    """The target's spectral centroid over its channels."""
 
 
 def siren(place: Place) -> float:
@@ -60,6 +69,31 @@ def small_last(place: Place) -> float:
     return math.sqrt(3) * place.fan_in**-0.75 if place.is_last else siren(place)
 
 
+_NOISE_OF = {1: (3500.0, 7.0, 3.0), 2: (50.0, 5.0, 0.4)}
+"""Of WINNER, by the dimensions of the coordinates (sounds, images): the largest s_0, its rate, and the slope of s_1."""
+
+
+def winner(place: Place) -> float:
+    """Deviation of the noise on the weights of the first two layers (Chandravamsi et al., "Spectral Bottleneck in
+    Sinusoidal Representation Networks: Noise is All You Need", 2025, and the constants of its code).
+
+    s_0 = s_max (1 - exp(-a psi)) and s_1 = b psi in units of the preactivations, hence over the layer's omega, with psi
+    the spectral centroid of the target as a share of the Nyquist frequency, over its channels. The constants know
+    nothing of how many samples the target has. The paper has sines and no encoding; behind one, the noise of a
+    preactivation is what it would be of the coordinates themselves.
+    """
+    if place.dimensions not in _NOISE_OF:
+        raise ValueError(
+            f"initialization=winner has constants for 1 and 2 coordinates (sounds, images), not for {place.dimensions}"
+        )
+    largest, rate, slope = _NOISE_OF[place.dimensions]
+    scales = (largest * (1 - math.exp(-rate * place.centroid)), slope * place.centroid)
+    if place.index >= len(scales):
+        return 0.0
+    inputs = place.fan_in / place.dimensions if place.is_first else 1.0
+    return scales[place.index] / place.omega / math.sqrt(inputs)
+
+
 INITIALIZATIONS: dict[str, Callable[[Place], float]] = {
     "weight_scaling": weight_scaling,
     "siren": siren,
@@ -68,5 +102,9 @@ INITIALIZATIONS: dict[str, Callable[[Place], float]] = {
     "kaiming": kaiming,
     "torch": torch_default,
     "nfsl": small_last,
+    "winner": siren,
 }
-"""frequency_tuning: SIREN's weights, and `weight_scale` multiplies omega_0 instead (the rival of Yeom, Lee & Lee)."""
+"""Half-widths. frequency_tuning: SIREN's, and `weight_scale` multiplies omega_0 instead (a rival in the same paper)."""
+
+NOISES: dict[str, Callable[[Place], float]] = {"winner": winner}
+"""Deviations of the noise that some initializations put on top."""

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from nfscale.fields.activations import ACTIVATIONS, Scales
 from nfscale.fields.encodings import ENCODINGS, Encoding
-from nfscale.fields.initializations import INITIALIZATIONS, Place
+from nfscale.fields.initializations import INITIALIZATIONS, NOISES, Place
 from nfscale.fields.keys import refuse_unless_positive
 from nfscale.layout import Layout, Params
-from nfscale.rng import Stream, uniform
+from nfscale.rng import Stream, normal, uniform
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,9 @@ class MLP:
     """Octaves of the positional encoding; random Fourier features, of which 64 to 256 are usual."""
     encoding_scale: float = 5.0
     """Standard deviation of random Fourier features, in cycles per unit of the coordinates."""
+    spectral_centroid: float | None = None
+    """Of the values, as a share of their Nyquist frequency, from 0 to 1: what the initialization winner goes by.
+    null: a job measures it in its first data."""
 
     def __post_init__(self) -> None:
         names = {"activation": ACTIVATIONS, "encoding": ENCODINGS, "initialization": INITIALIZATIONS}
@@ -58,6 +61,12 @@ class MLP:
         sizes = ("dimensions", "channels", "width", "depth", "encoding_count")
         scales = ("omega_0", "omega_hidden", "weight_scale", "frequency", "spread", "encoding_scale")
         refuse_unless_positive(self, (*sizes, *scales))
+        if self.initialization in NOISES:
+            if self.spectral_centroid is None:
+                raise ValueError(f"initialization={self.initialization} needs spectral_centroid; a job measures it")
+            if not 0 <= self.spectral_centroid <= 1:
+                raise ValueError(f"spectral_centroid is a share from 0 to 1, got {self.spectral_centroid}")
+            self._noise(0)
 
     @cached_property
     def _encoding(self) -> Encoding:
@@ -120,12 +129,30 @@ class MLP:
 
     def bounds(self, index: int) -> tuple[float, float]:
         """Half-widths of the uniform distributions of layer `index`: (weights, biases)."""
+        (_, fan_in), activation = self.shapes[index], ACTIVATIONS[self.activation]
+        bias = activation.first_bias_bound(fan_in) if index == 0 else 1 / math.sqrt(fan_in)
+        return INITIALIZATIONS[self.initialization](self._place(index)), bias
+
+    def _place(self, index: int) -> Place:
         (fan_out, fan_in), activation = self.shapes[index], ACTIVATIONS[self.activation]
-        is_first, is_last = index == 0, index == self.depth
-        scales = self._scales(max(index, 1))  # SIREN's bounds of hidden layers, whatever omega_0
-        place = Place(fan_in, fan_out, is_first, is_last, activation, scales, self.weight_scale)
-        bias = activation.first_bias_bound(fan_in) if is_first else 1 / math.sqrt(fan_in)
-        return INITIALIZATIONS[self.initialization](place), bias
+        return Place(
+            fan_in,
+            fan_out,
+            index == 0,
+            index == self.depth,
+            activation,
+            self._scales(max(index, 1)),  # SIREN's bounds of hidden layers, whatever omega_0
+            self.weight_scale,
+            index,
+            self._scales(index).omega,
+            self.dimensions,
+            (self.spectral_centroid or 0.0) / self.channels,
+        )
+
+    def _noise(self, index: int) -> float:
+        """Deviation of the Gaussian noise on the weights of layer `index`."""
+        noise = NOISES.get(self.initialization)
+        return 0.0 if noise is None else noise(self._place(index))
 
     def _scales(self, index: int) -> Scales:
         return Scales(self.omega_hidden if index else self.first_omega, self.frequency, self.spread)
@@ -136,8 +163,11 @@ class MLP:
         params = self.layout.unravel(drawn)
         for index in range(self.depth + 1):
             weight_bound, bias_bound = self.bounds(index)
-            params[f"layers.{index}.weight"].mul_(weight_bound)
+            weight = params[f"layers.{index}.weight"].mul_(weight_bound)
             params[f"layers.{index}.bias"].mul_(bias_bound)
+            if noise := self._noise(index):
+                drawn = normal(seeds, Stream.NOISE, index, weight[0].numel())
+                weight.add_(drawn.view_as(weight), alpha=noise)
         return params
 
     def apply(self, params: Params, coordinates: Tensor) -> Tensor:

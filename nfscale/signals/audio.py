@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nfscale.signals.base import Pointwise, Samples, mean_squared_error, require_decodable
+from nfscale.signals.base import Pointwise, Samples, mean_squared_error, require_decodable, spectral_centroid
 
 MAX_SPANNED = 1 << 20
 """Samples within `span`: with more, neighbours are less than 16 roundings of a float32 coordinate apart."""
@@ -133,6 +133,10 @@ class Audio(Pointwise):
         heldout = _dealt(coordinates[kept_back], flat[kept_back])
         fitted = _dealt(coordinates[~kept_back], flat[~kept_back])
         return Samples(fitted.coordinates, fitted.values, fitted.mask, heldout=heldout)
+
+    def spectral_centroid(self, sound: Sound) -> float:
+        """Of what a field represents of the sound."""
+        return spectral_centroid(self._converted(sound)[0])
 
     def _converted(self, sound: Sound) -> tuple[np.ndarray, int]:
         """What a field represents of a sound: float32 [N, C] and its rate."""

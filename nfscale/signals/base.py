@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,6 +98,18 @@ def samples_per_axis(signal: "Signal", samples: "Samples") -> float:
     return count ** (1 / axes)
 
 
+def spectral_centroid(values: np.ndarray) -> float:
+    """The mean frequency along rows, weighted by amplitude, as a share of the Nyquist frequency: [..., n, C] -> [0, 1].
+
+    Averaged over rows and channels; 0 of what is constantly 0 (Chandravamsi et al., 2025, whose code divides by C too).
+    """
+    amplitudes = np.abs(np.fft.rfft(values, axis=-2))
+    frequencies = 2 * np.fft.rfftfreq(values.shape[-2])[:, None]
+    total = amplitudes.sum(axis=-2)
+    weighted = (amplitudes * frequencies).sum(axis=-2)
+    return float(np.divide(weighted, total, out=np.zeros_like(weighted), where=total > 0).mean())
+
+
 class Signal(Protocol):
     """The contract of every entry of `SIGNALS`."""
 
@@ -110,6 +123,11 @@ class Signal(Protocol):
     """Training steps get `samples.jitter`."""
     squared_error: bool
     """`predict` is that of `Pointwise`, `loss` is `mean_squared_error`: a step need not ask the signal for them."""
+
+    @property
+    def fixed_shape(self) -> bool:
+        """A datum decodes at the shape of its fit alone: there is nothing between its samples."""
+        ...
 
     @classmethod
     def settled(cls, keys: dict[str, Any], contents: Sequence[Any]) -> dict[str, Any]:
@@ -201,6 +219,7 @@ class Pointwise:
     points_per_sample = 1
     jittered = False
     squared_error = False
+    fixed_shape = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         """A class with a `predict` or `loss` of its own says `squared_error` anew: what it inherits may be wrong."""

@@ -5,20 +5,24 @@ pixels: that is what makes a stratified draw cover the image (one pixel per bloc
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nfscale.signals.base import Pointwise, Samples, mean_squared_error, psnr_db, require_decodable
-
-_SHIFT = 0.5
-"""Fields represent value - 0.5. Their first residual is then at most half the range: with values in [0, 1]
-the brightest tiles of photographs start with residuals so large that preconditioned steps throw them off."""
+from nfscale.signals.base import (
+    Pointwise,
+    Samples,
+    mean_squared_error,
+    psnr_db,
+    require_decodable,
+    spectral_centroid,
+)
+from nfscale.signals.transforms import PLACES, Name, Values, inverse_order_of, order_of, values_of
 
 _SIZES_KEPT = 8  # whose coordinates and orders are remembered: few, since those of a large image take its size over
 
@@ -40,8 +44,18 @@ class Image(Pointwise):
     """[height, width] that every image is brought to (bilinear, antialiased) instead of keeping its own."""
     holdout: int | None = None
     """k >= 2: pixels whose row + column is a multiple of k are held back, and measured as `quality_heldout`."""
+    transform: Name = "none"
+    """Of values or places before the fit, undone after it, see `nfscale.signals.transforms`. Moved pixels have nothing
+    between them: zigzag and permutation decode at the size of the fit alone."""
+    value_mean: float | None = None
+    """Of transform=standardization; null: of the first data."""
+    value_deviation: float | None = None
 
     def __post_init__(self) -> None:
+        if self.transform not in get_args(Name):
+            raise ValueError(f"unknown transform {self.transform!r}; known: {', '.join(get_args(Name))}")
+        if self.value_deviation is not None and self.value_deviation <= 0:
+            raise ValueError(f"signal.value_deviation is above 0, got {self.value_deviation}")
         if self.resize is not None and (len(self.resize) != 2 or min(self.resize) < 1):
             raise ValueError(f"signal.resize is [height, width], got {self.resize}")
         if self.holdout is not None and self.holdout < 2:
@@ -51,15 +65,32 @@ class Image(Pointwise):
     quality_name = "psnr_db"
     squared_error = True
 
+    @property
+    def fixed_shape(self) -> bool:
+        """A datum decodes at the size of its fit alone."""
+        return self.transform in PLACES
+
+    @cached_property
+    def _values(self) -> Values:
+        return values_of(self.transform, self.value_mean, self.value_deviation)
+
     @classmethod
     def settled(cls, keys: dict[str, Any], contents: Sequence[np.ndarray]) -> dict[str, Any]:
-        """`channels: auto` is what the first image has, after `convert`."""
-        if keys["channels"] != "auto":
-            return keys
-        return keys | {"channels": _converted(_as_values(contents[0]), keys["convert"]).shape[2]}
+        """`channels: auto` is what the first image has, after `convert`; a standardization's mean and deviation are
+        those of the first images."""
+        found: dict[str, Any] = {}
+        if keys["channels"] == "auto":
+            found["channels"] = _converted(_as_values(contents[0]), keys["convert"]).shape[2]
+        if keys.get("transform") == "standardization":
+            values = np.concatenate([_converted(_as_values(one), keys["convert"]).ravel() for one in contents])
+            measured = {"value_mean": float(values.mean()), "value_deviation": float(values.std()) or 1.0}
+            found |= {name: value for name, value in measured.items() if keys.get(name) is None}
+        return keys | found
 
     def samples(self, datum: np.ndarray) -> Samples:
         """[H, W] or [H, W, C], integers of full range or floats in [0, 1] -> samples in Z-order."""
+        if self.transform == "standardization" and (self.value_mean is None or self.value_deviation is None):
+            raise ValueError("transform=standardization needs value_mean and value_deviation; a job measures them")
         values = self.original(datum)
         height, width, channels = values.shape
         if channels != self.channels:
@@ -68,7 +99,7 @@ class Image(Pointwise):
                 "signal.convert=grey or rgb would convert it"
             )
         order = _z_order(height, width)
-        flat = torch.from_numpy(values.reshape(-1, channels)[order] - np.float32(_SHIFT))
+        flat = torch.from_numpy(self._represented(values).reshape(-1, channels)[order])
         centres = _pixel_centres(height, width)[torch.from_numpy(order)]
         if self.holdout is None:
             return Samples(centres, flat)
@@ -77,11 +108,26 @@ class Image(Pointwise):
             raise ValueError(f"an image of {height} x {width} pixels, of which holdout={self.holdout} leaves none")
         return Samples(centres[~held], flat[~held], heldout=Samples(centres[held], flat[held]))
 
+    def _represented(self, values: np.ndarray) -> np.ndarray:
+        """What a field represents of an image [H, W, C] in [0, 1]: its values transformed, its pixels moved."""
+        transformed = self._values.apply(values)
+        if not self.fixed_shape:
+            return transformed
+        height, width, channels = values.shape
+        return transformed.reshape(-1, channels)[order_of(self.transform, height, width)].reshape(values.shape)
+
+    def spectral_centroid(self, datum: np.ndarray) -> float:
+        """Of what a field represents of the image, along its rows."""
+        return spectral_centroid(self._represented(self.original(datum)))
+
     def loss(self, predicted: Tensor, samples: Samples) -> Tensor:
         return mean_squared_error(predicted, samples)
 
     def quality(self, predicted: Tensor, samples: Samples) -> Tensor:
-        return psnr_db(predicted, samples)
+        """Of values in [0, 1], whatever is represented of them."""
+        if abs(self._values.scale) == 1 and self._values.power == 1:  # a shift and a sign change no error
+            return psnr_db(predicted, samples)
+        return psnr_db(self._values.inverse(predicted), replace(samples, values=self._values.inverse(samples.values)))
 
     def measures(self, datum: np.ndarray) -> dict[str, float]:
         height, width = self.resize or datum.shape[:2]
@@ -106,7 +152,10 @@ class Image(Pointwise):
     def reconstruct(self, values: Tensor, shape: tuple[int, ...]) -> np.ndarray:
         """[F, H * W, C] in row order -> [F, H, W, C], clamped to [0, 1]."""
         height, width = shape
-        return (values.detach().cpu() + _SHIFT).clamp(0, 1).reshape(-1, height, width, self.channels).numpy()
+        pixels = self._values.inverse(values.detach().cpu()).clamp(0, 1)
+        if self.fixed_shape:
+            pixels = pixels[:, torch.from_numpy(inverse_order_of(self.transform, height, width))]
+        return pixels.reshape(-1, height, width, self.channels).numpy()
 
     def original(self, datum: np.ndarray) -> np.ndarray:
         """The datum as its field represents it: [H, W, C] in [0, 1], for pictures beside reconstructions."""
@@ -119,9 +168,25 @@ class Image(Pointwise):
             "quality_name": self.quality_name,
             "coordinates": "(y, x) of pixel centres, (2 i + 1) / n - 1 on an axis of n pixels, in [-1, 1]",
             "coordinate_range": [-1.0, 1.0],
-            "output": {"scale": 1.0, "shift": _SHIFT, "meaning": "value = scale * y + shift, in [0, 1] of full range"},
+            "output": self._output(),
             "quality": "psnr_db is 10 log10(1 / mean squared error), on values that are not clamped",
         }
+
+    def _output(self) -> dict[str, Any]:
+        """From what the field says to values."""
+        if self._values.power != 1:
+            return {"meaning": f"{self._values.in_words}, in [0, 1] of full range"}
+        scale = 1 / self._values.scale
+        said: dict[str, Any] = {
+            "scale": scale,
+            "shift": -self._values.shift * scale,
+            "meaning": "value = scale * y + shift, in [0, 1] of full range",
+        }
+        if self.fixed_shape:
+            said["places"] = (
+                f"at place p in row order lies the pixel order[p], with order = {PLACES[self.transform][1]}"
+            )
+        return said
 
 
 def _as_values(datum: np.ndarray) -> np.ndarray:

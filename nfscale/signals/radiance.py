@@ -87,6 +87,7 @@ class Radiance:
     dimensions = 3
     quality_name = "psnr_db"
     jittered = True
+    fixed_shape = False
 
     def __post_init__(self) -> None:
         if self.channels != FIELD_CHANNELS:

@@ -227,15 +227,21 @@ class WeightsTable:
         return self._shapes(self.rows(keys), shape)
 
     def _shapes(self, rows: pa.Table, shape: tuple[Any, ...] | str | None) -> list[tuple[Any, ...]]:
-        if isinstance(shape, tuple):
+        if isinstance(shape, tuple) and not self.signal.fixed_shape:
             return [shape] * len(rows)
         fitted = [self.signal.shape_of(dict(metrics)) for metrics in rows["metrics"].to_pylist()]
         if shape is None:
             return fitted
         try:
-            return [self.signal.shape_from(shape, one) for one in fitted]
+            wanted = [shape if isinstance(shape, tuple) else self.signal.shape_from(shape, one) for one in fitted]
         except ValueError as error:
             raise CallerError(f"shape: {error}") from error
+        if self.signal.fixed_shape and wanted != fitted:
+            raise CallerError(
+                f"shape: {shape} is asked for, and the fields hold moved pixels, which decode at the size of their fit "
+                f"alone ({fitted[0]}); leave the shape out"
+            )
+        return wanted
 
     def _reconstructed(self, weights: np.ndarray, shape: tuple[Any, ...]) -> Any:
         return self.signal.reconstruct(self.values(torch.from_numpy(weights), shape), shape)

@@ -58,14 +58,15 @@ OPTIMIZER_CASES = [
 FIELD_OPTIONS = {
     "mlp": [
         *({"activation": activation, "encoding": encoding} for activation, encoding in product(ACTIVATIONS, ENCODINGS)),
-        *({"initialization": initialization} for initialization in INITIALIZATIONS),
+        *({"initialization": initialization} for initialization in INITIALIZATIONS if initialization != "winner"),
+        {"initialization": "winner", "spectral_centroid": 0.3},
     ],
     "mfn": [{"filter": "fourier"}, {"filter": "gabor"}],
 }
 """Ways to configure a field that differ in kind; others are tried with their defaults."""
 
 FIELD_CASES = [
-    pytest.param((kind, options), id="-".join([kind, *options.values()]))
+    pytest.param((kind, options), id="-".join([kind, *map(str, options.values())]))
     for kind in FIELDS
     for options in FIELD_OPTIONS.get(kind, [{}])
 ]

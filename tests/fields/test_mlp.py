@@ -107,6 +107,33 @@ def test_biases_have_the_default_bounds_of_a_torch_linear_layer():
         assert mlp.bounds(layer)[1] == pytest.approx(float(theirs), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("dimensions", "first", "second"), [(1, 3500 * (1 - math.exp(-7 * 0.2)), 0.6), (2, 50 * (1 - math.exp(-1)), 0.08)]
+)
+def test_winner_adds_noise_to_the_first_two_matrices_by_the_centroid(dimensions, first, second):
+    keys = {"width": 24, "depth": 3, "omega_0": 50.0, "omega_hidden": 20.0}
+    siren = MLP(dimensions, 2, initialization="siren", **keys).init(MANY_SEEDS)
+    noisy = MLP(dimensions, 2, initialization="winner", spectral_centroid=0.4, **keys).init(MANY_SEEDS)
+    deviations = {"layers.0.weight": first / 50, "layers.1.weight": second / 20}  # of a centroid of 0.2 a channel
+    for name, tensor in siren.items():
+        added = (noisy[name] - tensor).double()
+        if name in deviations:
+            error = 4 / (2 * added.numel()) ** 0.5  # four standard errors of a deviation
+            assert added.std() / deviations[name] == pytest.approx(1, abs=error), name
+            assert abs(added.mean()) < 4 * deviations[name] / added.numel() ** 0.5, name
+        else:
+            assert not added.any(), name
+
+
+def test_winner_says_what_it_lacks():
+    with pytest.raises(ValueError, match="initialization=winner needs spectral_centroid; a job measures it"):
+        MLP(2, 1, initialization="winner")
+    with pytest.raises(ValueError, match=r"constants for 1 and 2 coordinates \(sounds, images\), not for 3"):
+        MLP(3, 1, initialization="winner", spectral_centroid=0.1)
+    with pytest.raises(ValueError, match="a share from 0 to 1, got 2"):
+        MLP(2, 1, initialization="winner", spectral_centroid=2.0)
+
+
 @pytest.mark.parametrize("alpha", [2.0, 1.5, 1.1])
 def test_weight_scale_multiplies_all_weight_matrices_but_the_last_and_nothing_else(alpha):
     siren = MLP(2, 3, width=16, depth=3, weight_scale=1.0).init(SEEDS)
