@@ -27,6 +27,7 @@ from nfscale.datasets import Dataset, Datum, seeded_sample
 from nfscale.datasets.base import ids_digest
 from nfscale.engine import Calibration, Check, Fitted, calibrate, fit
 from nfscale.engine.dispatch import StepName, chosen
+from nfscale.engine.loop import SELECTS_WITHOUT_CHECK
 from nfscale.engine.step import evaluate, predicted_at, stack_samples
 from nfscale.errors import CallerError, EncodeError, OutputError
 from nfscale.fields import Field, theta0_of
@@ -84,7 +85,10 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
     fingerprint = job.fingerprint(digest)
     job = job.settled(signal, probed.contents)
     field = job.build_field(signal.dimensions, signal.channels)
-    available = len(signal.samples(probed.contents[0]).values)
+    samples = signal.samples(probed.contents[0])
+    if job.fit.sampling == "error" and samples.check is not None:
+        raise CallerError(f"fit.{SELECTS_WITHOUT_CHECK}")
+    available = len(samples.values)
     per_step = available if job.fit.samples == "full" else min(job.fit.samples, available)
     theta0 = theta0_of(field, job.seed).numpy() if job.field.init == "shared" else None
     positions: list[int] = []

@@ -29,6 +29,7 @@ from pydantic import (
 from nfscale.datasets import DATASETS
 from nfscale.datasets.base import Dataset, Opener, Repeated, open_limited
 from nfscale.engine.result import Stop
+from nfscale.engine.sampling import Sampling
 from nfscale.errors import CallerError
 from nfscale.fields import FIELDS
 from nfscale.fields.initializations import NOISES
@@ -88,7 +89,9 @@ class FitSection(_Section):
     target: float | None = None
     """In the unit of the signal's quality."""
     samples: PositiveInt | Literal["full"] = 256
-    sampling: Literal["stratified", "uniform"] = "stratified"
+    sampling: Sampling = "stratified"
+    """stratified: one sample of every run of neighbours; uniform: independent draws; error: more of those that the last
+    check saw represented badly, see `nfscale.engine.sampling`."""
     check_every: PositiveInt = 50
     objective: Literal["fit", "interpolate"] = "fit"
     """Which side `field.weight_scale: auto` takes: speed, or what lies between the samples."""
@@ -103,6 +106,10 @@ class FitSection(_Section):
     @model_validator(mode="after")
     def _cadence_fits(self) -> "FitSection":
         self.stop()
+        if self.sampling == "error" and self.samples == "full":
+            raise ValueError(
+                "fit.sampling=error chooses what a step takes, and fit.samples=full takes all; give a number"
+            )
         return self
 
     def stop(self) -> Stop:

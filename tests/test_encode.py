@@ -381,6 +381,16 @@ def test_the_centroid_of_winner_is_measured_in_the_first_data_and_stays_with_the
         tiny_job(tmp_path, "field.initialization=winner", "signal.kind=occupancy", "dataset.kind=shapes")
 
 
+def test_a_selection_by_error_needs_data_that_are_checked_on_what_is_fitted(tmp_path):
+    with pytest.raises(CallerError, match=r"fit.sampling=error goes by the errors that checks see"):
+        make_plan(
+            tiny_job(tmp_path, "fit.sampling=error", "fit.samples=64", "signal.kind=occupancy", "dataset.kind=shapes")
+        )
+    folder, summary = encode_in_process(tiny_job(tmp_path / "digits", "fit.sampling=error", "fit.samples=16"))
+    assert summary.failed == 0
+    assert verify(folder).mismatches == []
+
+
 def test_moved_pixels_decode_at_the_size_of_their_fit_alone(tmp_path):
     encode_in_process(tiny_job(tmp_path, "signal.transform=permutation"))
     table = open_weights(tmp_path)

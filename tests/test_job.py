@@ -43,6 +43,7 @@ def test_the_jobs_that_ship_use_weight_scaling_and_esgd(path):
         ("dataset.kind=cifar", f"unknown dataset 'cifar'; known kinds of dataset: {', '.join(sorted(DATASETS))}"),
         ("fit.max_steps=many", "fit.max_steps: input should be a valid integer"),
         ("fit.samples=-3", "fit.samples: input should be greater than 0 or 'full', got -3"),
+        ("fit.sampling=error", "fit.sampling=error chooses what a step takes, and fit.samples=full takes all"),
         ("fit.max_steps=75", "max_steps=75 is not a multiple of check_every=20; use max_steps=60 or 80"),
         ("optimizer.schedule=linear", "should be 'constant', 'cosine' or 'exponential', got 'linear'"),
         ("optimizer.update_every=7", "fit.check_every=20 is not a multiple of optimizer.update_every=7"),

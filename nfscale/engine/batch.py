@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nfscale.engine.calibrate import Calibration
 from nfscale.engine.dispatch import PLAIN, Step
-from nfscale.engine.sampling import Sampler
+from nfscale.engine.sampling import Sampler, selected
 from nfscale.engine.step import training_samples
 from nfscale.fields import Field
 from nfscale.layout import Params
@@ -66,6 +66,8 @@ class Batch:
         self.field, self.signal, self.optimizer, self.sampler = field, signal, optimizer, sampler
         self.calibration, self.step = calibration, step
         self.rows, self.samples, self.seeds, self.slots = rows, samples, seeds, slots
+        self.presented = _without_measured(samples).map(torch.clone) if sampler.selects else samples
+        """What steps draw from: the samples, or those of them that `select` chose."""
         self.best_rows = rows.clone()
         self.steps = torch.zeros(len(slots), dtype=torch.int64, device=rows.device)
         self.rate = torch.ones(len(slots), dtype=torch.float32, device=rows.device)
@@ -96,6 +98,16 @@ class Batch:
         if indices:
             self.best_rows[indices] = self.rows[indices]
 
+    def select(self, indices: list[int], errors: Tensor) -> None:
+        """Choose what the steps of these slots draw from until the next check, by the errors [len(indices), N]."""
+        chosen, fields = selected(errors), torch.tensor(indices, device=errors.device)
+        self._present(indices, _without_measured(self.samples).map(lambda tensor: tensor[fields[:, None], chosen]))
+
+    def _present(self, indices: list[int], samples: Samples) -> None:
+        self.presented.map(
+            lambda ours, theirs: ours.index_copy_(0, torch.tensor(indices, device=ours.device), theirs), samples
+        )
+
     def advance(self, count: int) -> None:
         """`count` steps of every slot; nothing here waits for the device."""
         if self.step.advance is not None:
@@ -106,7 +118,7 @@ class Batch:
                 self.sampler,
                 self.rows,
                 self.state,
-                self.samples,
+                self.presented,
                 self.seeds,
                 self.steps,
                 self.rate,
@@ -121,7 +133,7 @@ class Batch:
             if place == 0 and not self.sampler.is_full:
                 positions = self.sampler.positions(self.seeds, self.steps, min(_DRAWN_STEPS, count - index))
             drawn = None if positions is None else positions[:, place]
-            part = training_samples(self.signal, self.samples, drawn, self.seeds, self.steps)
+            part = training_samples(self.signal, self.presented, drawn, self.seeds, self.steps)
             hv, wanted = None, None
             if "hv" in self.optimizer.needs and index % self._cadence == 0:
                 wanted = self.optimizer.wants_curvature(self.steps)
@@ -161,6 +173,8 @@ class Batch:
     def reset(self, index: int, slot: Slot, row: Tensor) -> None:
         """Start the datum in a slot again from `row`, at the rate its restarts leave it."""
         self.slots[index] = slot
+        if self.sampler.selects:
+            self._present([index], _without_measured(self.samples).map(lambda tensor: tensor[index : index + 1]))
         self.rows[index] = row
         self.best_rows[index] = row
         self.steps[index] = 0
@@ -172,9 +186,15 @@ class Batch:
         """Drop all slots but these."""
         self.rows, self.best_rows = self.rows[indices], self.best_rows[indices]
         self.samples = self.samples.map(lambda tensor: tensor[indices])
+        self.presented = self.presented.map(lambda t: t[indices]) if self.sampler.selects else self.samples
         self.seeds, self.steps, self.rate = self.seeds[indices], self.steps[indices], self.rate[indices]
         self.state = _pick(self.state, indices)
         self.slots = [self.slots[index] for index in indices]
+
+
+def _without_measured(samples: Samples) -> Samples:
+    """What steps see of samples."""
+    return Samples(samples.coordinates, samples.values, samples.mask)
 
 
 def _assign(state: State, fresh: State, index: int) -> None:

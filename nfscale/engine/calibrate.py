@@ -71,7 +71,7 @@ def calibrate(
         data: (id, samples) pairs of one sample count; 32 are enough for photographs. What they hold back is not
             looked at.
         theta0: float32 [P], the params that all fields start from; by default those of `fit` for this seed.
-        samples, sampling, step: as in `fit`.
+        samples, sampling, step: as in `fit`; sampling="error" is here "stratified".
 
     Raises:
         ValueError: if the data have different sample counts, or there are none.

@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,6 +31,12 @@ from nfscale.signals.base import Kind
 _FALLEN = 10.0
 """A field has diverged when its loss is this many times its best, and within the same factor of its start:
 lost for good, while a spike of a field that is already good recovers as the learning rate decays."""
+
+
+SELECTS_WITHOUT_CHECK = (
+    "sampling=error goes by the errors that checks see, and data of this kind are checked on samples that no step "
+    "takes; use sampling=stratified"
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ def fit(
         init: "shared" starts every field from one draw of `seed`, "per_datum" from the datum's own;
             a tensor [P] is the shared start itself.
         samples: how many of a field's samples enter a step.
+        sampling: which, see `nfscale.engine.sampling`.
         calibration: curvature shared by the fields, for optimisers that need it.
         batch: slots; "auto" chooses by the memory that a field takes in two steps on trial. Halved where
             that turns out to be too many.
@@ -88,7 +95,7 @@ def fit(
         ValueError: if the optimiser needs a calibration and none is given, the step cannot serve what it is given,
             or a number is out of its range.
     """
-    _refuse_bad(optimizer, stop, samples, batch)
+    _refuse_bad(optimizer, stop, samples, sampling, batch)
     if "diagonal" in optimizer.needs and calibration is None:
         raise ValueError("this optimiser uses curvature that fields share; pass calibration=nfscale.calibrate(...)")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -112,7 +119,19 @@ def fit(
     return loop.run_all(_Queue(data))
 
 
-def _refuse_bad(optimizer: Optimizer, stop: Stop, samples: int | Literal["full"], batch: int | Literal["auto"]) -> None:
+def _refuse_bad(
+    optimizer: Optimizer,
+    stop: Stop,
+    samples: int | Literal["full"],
+    sampling: Sampling,
+    batch: int | Literal["auto"],
+) -> None:
+    if sampling not in get_args(Sampling):
+        raise ValueError(f"unknown sampling {sampling!r}; known: {', '.join(get_args(Sampling))}")
+    if sampling == "error" and samples == "full":
+        raise ValueError(
+            "sampling='error' chooses which samples a step takes, and samples='full' takes all; give a number"
+        )
     for name, value in (("samples", samples), ("batch", batch)):
         if not isinstance(value, str) and value < 1:
             raise ValueError(f"{name} is at least 1, got {value}")
@@ -202,6 +221,8 @@ class _Loop:
         """Fit data of one kind until no more of them wait."""
         available = kind.count
         sampler = Sampler(available, available if self.samples == "full" else self.samples, self.sampling)
+        if sampler.selects and kind.check is not None:
+            raise ValueError(SELECTS_WITHOUT_CHECK)
         capacity = self.capacities.get(kind) or self._capacity(queue.next_of(kind), sampler)
         self.capacities[kind] = capacity
         batch = self._new_batch(queue, kind, sampler, capacity)
@@ -302,8 +323,12 @@ class _Loop:
         if not indices:
             return {}
         which = _padded(indices, len(batch.slots))
-        measured = evaluate(self.field, self.signal, batch.rows, batch.samples, which, self.step.apply)
+        errors = batch.samples.values.new_empty((len(which or batch.slots), batch.samples.values.shape[1]))
+        errors = errors if batch.sampler.selects else None
+        measured = evaluate(self.field, self.signal, batch.rows, batch.samples, which, self.step.apply, errors)
         loss, quality = (t.tolist() for t in measured)
+        if errors is not None and (moved := [n for n, index in enumerate(indices) if batch.slot(index).step]):
+            batch.select([indices[n] for n in moved], errors[moved])
         better = []
         for index, slot_loss, slot_quality in zip(indices, loss, quality, strict=False):
             slot = batch.slot(index)

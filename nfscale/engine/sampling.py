@@ -4,6 +4,9 @@ Stratified: the ordered samples are cut into as many runs as a step takes sample
 one sample of every run, without replacement until the run is used up. The order within a run is an
 affine permutation a t + c (mod length) with a random unit a and offset c, drawn anew for every pass;
 it costs one word per run and pass, where sorting random keys would cost one per sample.
+
+Error: at each check a field's samples are drawn anew, more of those that it represents badly, and the steps until the
+next check take theirs, stratified, from these. Nothing is evaluated for it that the check does not evaluate anyway.
 """
 
 from dataclasses import dataclass
@@ -16,7 +19,12 @@ from torch import Tensor
 
 from nfscale.rng import Stream, philox, words
 
-Sampling = Literal["stratified", "uniform"]
+Sampling = Literal["stratified", "uniform", "error"]
+
+_KEPT_SHARE = 0.5
+"""Of the samples of a field, with the largest errors: they survive until the next check."""
+_MUTATED_SHARE = 0.5
+"""Of the draws, from all samples alike: no part of a datum is forgotten while its cached error is small."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,11 @@ class Sampler:
     @property
     def is_full(self) -> bool:
         return self.per_step >= self.available
+
+    @property
+    def selects(self) -> bool:
+        """Whether steps see those of a field's samples that `selected` chose at its last check."""
+        return self.kind == "error" and not self.is_full
 
     def positions(self, seeds: Tensor, first_step: Tensor, count: int) -> Tensor:
         """Sample positions of `count` steps from `first_step` [F] on: int64 [F, count, per_step]."""
@@ -76,3 +89,20 @@ class Sampler:
         multiplier = multipliers.gather(2, which).transpose(1, 2)
         offset = offsets.gather(2, which).transpose(1, 2)
         return starts + (multiplier * places + offset) % lengths
+
+
+def selected(errors: Tensor) -> Tensor:
+    """Which sample takes each place until the next check, in the samples' own order: errors [F, N] -> int64 [F, N].
+
+    Half of the places go to the half of the samples with the largest errors, the others to all alike, both spread
+    evenly (systematic resampling). After EVOS (Zhang et al., "EVOS: Efficient Implicit Neural Training via EVOlutionary
+    Selector", CVPR 2025): its sparse fitness evaluation and its unbiased mutation, without the crossover by frequency.
+    As there, the loss is the plain mean over what is drawn.
+    """
+    count = errors.shape[1]
+    kept = max(1, round(_KEPT_SHARE * count))
+    fittest = torch.zeros_like(errors, dtype=torch.float64)
+    fittest.scatter_(1, errors.argsort(dim=1, descending=True, stable=True)[:, :kept], 1 / kept)
+    edges = ((1 - _MUTATED_SHARE) * fittest + _MUTATED_SHARE / count).cumsum(dim=1)
+    places = (torch.arange(count, dtype=torch.float64, device=errors.device) + 0.5) / count
+    return torch.searchsorted(edges / edges[:, -1:], places.expand(len(errors), -1).contiguous()).clamp_(max=count - 1)

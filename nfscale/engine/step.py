@@ -69,12 +69,14 @@ def evaluate(
     samples: Samples,
     indices: list[int] | None = None,
     apply: Callable[[Field, Tensor], Apply] = plain_apply,
+    errors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss [F] and quality [F] over all samples that each field is measured on, a few fields at a time.
 
     Args:
         indices: the fields to measure; all, in their order, where it is None.
         apply: `plain_apply` or a twin.
+        errors: [F, N], filled with the squared error of each sample, summed over channels.
     """
     samples = samples.measured
     count = len(rows) if indices is None else len(indices)
@@ -86,6 +88,8 @@ def evaluate(
         predicted = _predicted(field, signal, apply(field, rows[chosen]), part)
         losses.append(signal.loss(predicted, part))
         qualities.append(signal.quality(predicted, part))
+        if errors is not None:
+            errors[start:stop] = (predicted - part.values).square().flatten(2).sum(dim=2)
     return torch.cat(losses), torch.cat(qualities)
 
 

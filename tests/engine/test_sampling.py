@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from nfscale.engine.sampling import Sampler
+from nfscale.engine.sampling import Sampler, selected
 from nfscale.rng import as_tensor, datum_seed
 
 SIZES = [(64, 16), (60, 16), (63, 7), (17, 16), (30, 1), (9, 9)]
@@ -114,3 +114,38 @@ def test_a_step_that_takes_all_samples_is_full():
     assert Sampler(16, 16).is_full
     assert Sampler(16, 40).is_full
     assert not Sampler(16, 15).is_full
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64, 4097])
+def test_the_worse_half_is_selected_three_times_as_often(count):
+    """Half of the places go to it, the others to all alike: 1.5 of them a sample against 0.5, and none is far from its
+    share, since places are spread evenly."""
+    errors = torch.rand(3, count, generator=torch.Generator().manual_seed(0))
+    chosen = selected(errors)
+    assert chosen.shape == (3, count)
+    assert (chosen.diff(dim=1) >= 0).all(), "in the samples' own order"
+    kept = max(1, round(count / 2))
+    for field in range(3):
+        counts = torch.bincount(chosen[field], minlength=count).double()
+        worst = errors[field].argsort(descending=True)[:kept]
+        share = torch.full((count,), 0.5, dtype=torch.float64)
+        share[worst] += 0.5 * count / kept
+        assert ((counts - share).abs() < 1 + 1e-9).all()
+        assert ((counts.cumsum(0) - share.cumsum(0)).abs() <= 0.5 + 1e-6).all()
+
+
+def test_a_selection_depends_on_the_field_alone_and_takes_ties_in_order():
+    errors = torch.rand(5, 90, generator=torch.Generator().manual_seed(1))
+    together = selected(errors)
+    for field in range(5):
+        assert torch.equal(selected(errors[field : field + 1])[0], together[field])
+    tied = torch.bincount(selected(torch.zeros(1, 40))[0], minlength=40)
+    assert tied[:20].sum() == 30
+
+
+def test_only_steps_that_take_a_part_select():
+    assert Sampler(60, 16, "error").selects
+    assert not Sampler(16, 60, "error").selects
+    assert not Sampler(60, 16).selects
+    positions = [Sampler(60, 16, kind).positions(seeds_of(2), zeros(2), 9) for kind in ("error", "stratified")]
+    assert torch.equal(*positions)
