@@ -25,7 +25,7 @@ from nfscale.track import log_folder
 from pipelines.weight_scaling import median, written
 
 LEVELS = (30.0, 40.0, 50.0)
-RATES = (2.0**-11, 2.0**-10, 2.0**-9)
+RATES = (2.0**-10, 2.0**-9, 2.0**-8)
 SCALES = (1.0, 1.5)
 Data = list[tuple[str, Samples]]
 
@@ -91,10 +91,9 @@ def samplings(count: int, steps: int) -> list[str]:
             fits = fitted(signal, data, 1.5, 1e-3, "cosine", steps, **how)
             seconds = time.perf_counter() - started
             reached = "/".join(written(steps_to(fits, level), ".0f") for level in LEVELS)
-            lines.append(
-                f"| {sampling} | {samples} | {median(f.quality for f in fits):.2f} | {min(f.quality for f in fits):.2f} "
-                f"| {reached} | {seconds:.1f} |"
-            )
+            qualities = [one.quality for one in fits]
+            found = (sampling, samples, f"{median(qualities):.2f}", f"{min(qualities):.2f}", reached, f"{seconds:.1f}")
+            lines.append("| " + " | ".join(map(str, found)) + " |")
             print(lines[-1], flush=True)
     return lines
 

@@ -18,6 +18,7 @@ from nfscale.diagnose import (
     kernel_along_training,
     layer_statistics,
     power_spectrum,
+    rates_compared,
     spectrum_statistics,
     subject_of,
 )
@@ -122,6 +123,29 @@ def ntk(
             rows.append({"field": name} | asdict(found))
             curves[f"{name}, step {found.steps}"] = eigenvalues.numpy()
     _finish("ntk", job, output, rows, figures.eigenvalues(curves), json_file)
+
+
+@app.command()
+def rates(
+    job_file: JobArgument,
+    overrides: Overrides = None,
+    datum_id: IdOption = None,
+    steps: Annotated[int, typer.Option(help="Of each fit.", min=1)] = 150,
+    target: Annotated[float, typer.Option(help="Quality to be reached, in the unit of the signal.")] = 40.0,
+    output: OutputOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Is weight scaling a larger learning rate? Weight scaling and SIREN, each with its own speed and the other's.
+
+    Example: `nfscale diagnose rates pipelines/photos_grey64.yaml field.weight_scale=2.5`
+    """
+    job = load_job(job_file, overrides or [])
+    subject = subject_of(job, datum_id)
+    rows, curves = [], {}
+    for found, fitted in rates_compared(subject, steps, target):
+        rows.append(asdict(found))
+        curves[found.field] = (fitted.history_step, fitted.history_quality)
+    _finish("rates", job, output, rows, figures.qualities(curves, subject.signal.quality_name), json_file)
 
 
 def _moments(text: str) -> list[int]:

@@ -2,12 +2,15 @@
 
 from nfscale.diagnose.activations import LayerStatistics, layer_statistics
 from nfscale.diagnose.kernel import KernelStatistics, kernel_along_training, kernel_statistics, tangent_kernel
+from nfscale.diagnose.rates import RatesByLayer, RatesStatistics, rates_compared
 from nfscale.diagnose.spectrum import SpectrumStatistics, field_spectrum, power_spectrum, spectrum_statistics
 from nfscale.diagnose.subject import Subject, subject_of
 
 __all__ = [
     "KernelStatistics",
     "LayerStatistics",
+    "RatesByLayer",
+    "RatesStatistics",
     "SpectrumStatistics",
     "Subject",
     "field_spectrum",
@@ -15,6 +18,7 @@ __all__ = [
     "kernel_statistics",
     "layer_statistics",
     "power_spectrum",
+    "rates_compared",
     "spectrum_statistics",
     "subject_of",
     "tangent_kernel",

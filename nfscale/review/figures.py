@@ -77,6 +77,17 @@ def eigenvalues(curves: dict[str, np.ndarray]) -> str:
     return _both_logarithmic(shown, "rank", "eigenvalue of the tangent kernel, over its size")
 
 
+def qualities(curves: dict[str, tuple[list[int], list[float]]], unit: str) -> str:
+    """Quality over steps of several fits."""
+    figure, axes = _new(6.2, 3.4)
+    for index, (name, (steps, quality)) in enumerate(curves.items()):
+        axes.plot(steps, quality, label=name, color=f"C{index}", linewidth=1.5)
+    axes.set_xlabel("optimiser steps")
+    axes.set_ylabel(f"quality [{unit}]")
+    axes.legend(frameon=False, labelcolor=_INK, fontsize=8, loc="lower right")
+    return _svg(figure)
+
+
 def _both_logarithmic(curves: dict[str, tuple[np.ndarray, np.ndarray]], x: str, y: str) -> str:
     figure, axes = _new(6.2, 3.4)
     for index, (name, (places, values)) in enumerate(curves.items()):
