@@ -24,6 +24,8 @@ from nfscale.fields.keys import refuse_unless_positive
 from nfscale.layout import Layout, Params
 from nfscale.rng import Stream, normal, uniform
 
+_LARGEST_AUTOMATIC = 1.5  # weight scale; see the evidence of `MLP.auto_weight_scale`
+
 
 @dataclass(frozen=True)
 class MLP:
@@ -117,7 +119,8 @@ class MLP:
 
         The first layer reaches omega_0 a, and each further layer multiplies the highest frequency by about a;
         pi / 2 times the samples is the highest frequency that they can tell. "interpolate" stays below it, "fit" goes
-        beyond, which is faster and invents detail between the samples. Never below 1, which is SIREN.
+        beyond, which is faster and invents detail between the samples. Never below 1, which is SIREN, nor above 1.5,
+        beyond which fields of sounds, maps and meshes fit worse in as many steps.
 
         Evidence: `python -m pipelines.weight_scale_rule` (table in pipelines/benchmarks/RESULTS.md), whole photographs
         with every second pixel held back. Where 69 samples lie along an axis, the scale of "interpolate" loses at most
@@ -125,7 +128,7 @@ class MLP:
         little difference; other modalities were not measured.
         """
         wanted = (2.0 if objective == "fit" else 1.0) * samples_per_axis / omega_0
-        return max(1.0, wanted) ** (1 / depth)
+        return min(max(1.0, wanted) ** (1 / depth), _LARGEST_AUTOMATIC)
 
     def bounds(self, index: int) -> tuple[float, float]:
         """Half-widths of the uniform distributions of layer `index`: (weights, biases)."""

@@ -71,11 +71,12 @@ def test_coordinates_without_a_field_axis_of_their_own_are_shared():
 
 
 def test_the_automatic_weight_scale_spans_the_frequencies_that_the_samples_can_tell():
-    for depth in (1, 2, 5):
-        scale = MLP.auto_weight_scale(100, 20.0, depth, "interpolate")
-        assert 20.0 * scale**depth == pytest.approx(100)
-        assert 20.0 * MLP.auto_weight_scale(100, 20.0, depth, "fit") ** depth == pytest.approx(200)
+    for depth in (4, 5, 8):
+        scale = MLP.auto_weight_scale(80, 20.0, depth, "interpolate")
+        assert 20.0 * scale**depth == pytest.approx(80)
+        assert 20.0 * MLP.auto_weight_scale(40, 20.0, depth, "fit") ** depth == pytest.approx(80)
     assert MLP.auto_weight_scale(10, 30.0, 4, "fit") == 1.0
+    assert MLP.auto_weight_scale(1000, 30.0, 2, "interpolate") == 1.5, "more is unsafe"
 
 
 @pytest.mark.parametrize("weight_scale", [1.0, 1.7])
