@@ -4,12 +4,15 @@ from nfscale.diagnose.activations import LayerStatistics, layer_statistics
 from nfscale.diagnose.kernel import KernelStatistics, kernel_along_training, kernel_statistics, tangent_kernel
 from nfscale.diagnose.spectrum import SpectrumStatistics, field_spectrum, power_spectrum, spectrum_statistics
 from nfscale.diagnose.subject import Subject, subject_of
+from nfscale.diagnose.training import Moment, along_training
 
 __all__ = [
     "KernelStatistics",
     "LayerStatistics",
+    "Moment",
     "SpectrumStatistics",
     "Subject",
+    "along_training",
     "field_spectrum",
     "kernel_along_training",
     "kernel_statistics",
