@@ -176,8 +176,10 @@ def _hessian_plot(found: dict[str, list[HessianMoment | ExtremesMoment]]) -> str
         whole = [moment for moment in moments if isinstance(moment, HessianMoment)]
         conditions: dict[str, list[tuple[int, float]]] = {}
         for moment in whole:
-            for one in moment.conditions:
-                conditions.setdefault(one.preconditioner, []).append((moment.steps, one.condition_10))
+            bare, *others = moment.conditions
+            for one in others:
+                ratio = one.condition_10 / bare.condition_10
+                conditions.setdefault(one.preconditioner, []).append((moment.steps, ratio))
         plots.append(
             figures.HessianPlot(
                 name,

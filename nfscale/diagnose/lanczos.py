@@ -6,6 +6,7 @@ so there is no condition number from here.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,12 +29,6 @@ def extreme_eigenvalues(product: Callable[[Tensor], Tensor], start: Tensor) -> t
 
     size = len(start)
     operator = LinearOperator((size, size), matvec=matvec, dtype=np.float64)  # type: ignore[call-arg]
-    found = eigsh(
-        operator,
-        k=2,
-        which="BE",
-        v0=start.double().numpy(),
-        tol=_TOLERANCE,
-        return_eigenvectors=False,  # type: ignore[arg-type]
-    )
+    options: dict[str, Any] = {"v0": start.double().numpy(), "tol": _TOLERANCE, "return_eigenvectors": False}
+    found = np.asarray(eigsh(operator, k=2, which="BE", **options))
     return float(found.min()), float(found.max())

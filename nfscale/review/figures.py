@@ -85,7 +85,7 @@ class HessianPlot:
 
     name: str
     conditions: dict[str, list[tuple[int, float]]]
-    """By preconditioner: (steps, condition over the 10 % quantile)."""
+    """By preconditioner: (steps, condition over the 10 % quantile as a multiple of that without one)."""
     spectra: dict[str, np.ndarray]
     """By preconditioner: absolute eigenvalues after the last step, from the largest on, over that."""
     small_shares: dict[str, list[float]]
@@ -114,17 +114,19 @@ def hessians(plots: list[HessianPlot]) -> str:
             _inked(axes)
             axes.tick_params(labelsize=8)
             if axes.get_legend_handles_labels()[0]:
-                axes.legend(frameon=False, labelcolor=_INK, fontsize=7)
+                axes.legend(frameon=False, labelcolor=_INK, fontsize=7, markerscale=2)
         row[0].set_title(plot.name, fontsize=9, color=_INK, loc="left")
     return _svg(figure)
 
 
 def _conditions(axes: Axes, plot: HessianPlot) -> None:
     for index, (name, points) in enumerate(plot.conditions.items()):
-        axes.plot(*zip(*points, strict=True), label=name, color=f"C{index}", marker="o", markersize=3, linewidth=1.2)
+        color = f"C{index + 1}"  # C0 is that of none, here the line at 1
+        axes.plot(*zip(*points, strict=True), label=name, color=color, marker="o", markersize=3, linewidth=1.2)
+    axes.axhline(1, color="C0", linewidth=1)
     axes.set_yscale("log")
     axes.set_xlabel("optimiser steps")
-    axes.set_ylabel("condition over the 10 % quantile")
+    axes.set_ylabel("condition_10, times that of none")
 
 
 def _absolute_spectra(axes: Axes, plot: HessianPlot) -> None:
@@ -141,7 +143,7 @@ def _small_shares(axes: Axes, plot: HessianPlot) -> None:
     axes.set_xticks(range(max(len(shares) for shares in plot.small_shares.values())))
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("layer")
-    axes.set_ylabel("share of Hv below 1e-3 of the largest")
+    axes.set_ylabel("share of Hv up to 1e-3 of the largest")
 
 
 def _clouds(axes: Axes, plot: HessianPlot) -> None:
