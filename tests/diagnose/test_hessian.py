@@ -33,9 +33,9 @@ from tests.jobs import tiny_job
 
 @pytest.fixture(scope="module")
 def chirp(tmp_path_factory):
-    """The settings of a job on one sound of 128 samples, whose frequency rises from 2 to 10 cycles."""
+    """Settings of a job on a sound of 130 samples, whose frequency rises from 2 to 10 cycles; some stand twice."""
     folder = tmp_path_factory.mktemp("sounds")
-    times = np.arange(128) / 128
+    times = np.arange(130) / 130
     values = 0.8 * np.sin(2 * np.pi * (2 * times + 4 * times**2))
     with wave.open(str(folder / "chirp.wav"), "wb") as sound:
         sound.setnchannels(1)
@@ -45,7 +45,7 @@ def chirp(tmp_path_factory):
     return {
         "name": "chirp",
         "dataset": {"kind": "folder", "path": str(folder), "pattern": "*.wav"},
-        "signal": {"kind": "audio", "span": 128 / 8000},
+        "signal": {"kind": "audio", "span": 130 / 8000},
         "field": {"kind": "mlp", "width": 8, "depth": 2, "weight_scale": 1.0},
         "optimizer": {"kind": "adam", "learning_rate": 0.004},
         "fit": {"max_steps": 200, "samples": "full"},
@@ -94,6 +94,7 @@ def test_the_gauss_newton_diagonal_is_that_of_the_jacobian(chirp, overrides):
     jacobian = torch.autograd.functional.jacobian(values_of, subject.row.double())
     assert isinstance(jacobian, torch.Tensor)
     assert mask is not None
+    assert mask.unique().tolist() == [0.5, 1]
     expected = (jacobian.square() * mask[:, None]).sum(dim=0) / mask.sum()
     torch.testing.assert_close(Loss.of(subject).gauss_newton_diagonal(subject.row), expected)
 
