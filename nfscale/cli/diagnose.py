@@ -1,4 +1,4 @@
-"""`nfscale diagnose`: activations, spectra and the tangent kernel of one datum's field, with variants beside it."""
+"""`nfscale diagnose`: activations, spectra, kernel and Hessian of one datum's field, with variants beside it."""
 
 import csv
 from collections.abc import Iterator
@@ -13,8 +13,12 @@ from rich.table import Table
 
 from nfscale.cli.common import JsonOption, warn, write_json
 from nfscale.diagnose import (
+    ExtremesMoment,
+    HessianMoment,
     Subject,
+    extremes_along_training,
     field_spectrum,
+    hessian_along_training,
     kernel_along_training,
     layer_statistics,
     power_spectrum,
@@ -29,7 +33,7 @@ from nfscale.signals import Image
 from nfscale.track import log_folder
 
 app = typer.Typer(
-    help="Why a field learns as it does: activations, spectra, the tangent kernel of one datum.",
+    help="Why a field learns as it does: activations, spectra, the tangent kernel and the Hessian of one datum.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
@@ -39,6 +43,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Keys of the job, as section.key=value.", metavar="[KEY=VALUE]...")
 ]
 IdOption = Annotated[str | None, typer.Option("--id", help="Id of the datum; the first one if left out.")]
+StepsOption = Annotated[str, typer.Option(help="When to look, in optimiser steps.")]
 BesideOption = Annotated[
     list[str] | None,
     typer.Option("--beside", help="Another field beside it: KEY=VALUE, with commas for several keys.", metavar="KEYS"),
@@ -107,7 +112,7 @@ def ntk(
     overrides: Overrides = None,
     datum_id: IdOption = None,
     beside: BesideOption = None,
-    steps: Annotated[str, typer.Option(help="When to look, in optimiser steps.")] = "0,50,200",
+    steps: StepsOption = "0,50,200",
     output: OutputOption = None,
     json_file: JsonOption = None,
 ) -> None:
@@ -148,6 +153,69 @@ def rates(
     _finish("rates", job, output, rows, figures.qualities(curves, subject.signal.quality_name), json_file)
 
 
+@app.command()
+def hessian(
+    job_file: JobArgument,
+    overrides: Overrides = None,
+    datum_id: IdOption = None,
+    beside: BesideOption = None,
+    steps: StepsOption = "0,50,200",
+    extremes: Annotated[
+        bool, typer.Option("--extremes", help="Its ends and its sparsity alone, for fields of more than 3,000 weights.")
+    ] = False,
+    output: OutputOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """The Hessian of a small field along training: its condition under diagonal preconditioners, the sparsity of Hv,
+    the error of diagonals from few probes, and Adam's second moment beside the Gauss-Newton diagonal.
+
+    `condition` is the largest over the smallest absolute eigenvalue, `condition_10` and `condition_50` the largest over
+    their 10 % quantile and median.
+
+    Example: `nfscale diagnose hessian pipelines/speech.yaml field.width=16 optimizer.kind=adam --steps 0,100`
+    """
+    moments = _moments(steps)
+    job, subjects = _subjects(job_file, overrides, datum_id, beside)
+    along = extremes_along_training if extremes else hessian_along_training
+    rows: list[dict[str, Any]] = []
+    more: dict[str, list[dict[str, Any]]] = {"layers": [], "estimates": [], "adam": []}
+    found: dict[str, list[HessianMoment | ExtremesMoment]] = {}
+    for name, subject in subjects.items():
+        found[name] = list(along(subject, moments))
+        for moment in found[name]:
+            at = {"field": name, "steps": moment.steps}
+            more["layers"] += [at | asdict(layer) for layer in moment.layers]
+            if isinstance(moment, ExtremesMoment):
+                rows += [at | {"quality": moment.quality} | asdict(one) for one in moment.extremes]
+                continue
+            rows += [at | {"quality": moment.quality} | asdict(one) for one in moment.conditions]
+            more["estimates"] += [at | asdict(one) for one in moment.estimates]
+            more["adam"] += [at | asdict(moment.second)] if moment.second else []
+    _finish("hessian", job, output, rows, _hessian_plot(found), json_file, more)
+
+
+def _hessian_plot(found: dict[str, list[HessianMoment | ExtremesMoment]]) -> str:
+    plots = []
+    for name, moments in found.items():
+        whole = [moment for moment in moments if isinstance(moment, HessianMoment)]
+        conditions: dict[str, list[tuple[int, float]]] = {}
+        for moment in whole:
+            bare, *others = moment.conditions
+            for one in others:
+                ratio = one.condition_10 / bare.condition_10
+                conditions.setdefault(one.preconditioner, []).append((moment.steps, ratio))
+        plots.append(
+            figures.HessianPlot(
+                name,
+                conditions,
+                {key: shares.numpy() for key, shares in whole[-1].spectra.items()} if whole else {},
+                {f"step {moment.steps}": [layer.small_share for layer in moment.layers] for moment in moments},
+                {f"step {m.steps}": (m.clouds[0].numpy(), m.clouds[1].numpy()) for m in whole if m.clouds},
+            )
+        )
+    return figures.hessians(plots)
+
+
 def _moments(text: str) -> list[int]:
     try:
         moments = [int(part) for part in text.split(",")]
@@ -171,31 +239,50 @@ def _subjects(
 
 
 def _finish(
-    what: str, job: EncodeJob, output: Path | None, rows: list[dict[str, Any]], svg: str, json_file: Path | None
+    what: str,
+    job: EncodeJob,
+    output: Path | None,
+    rows: list[dict[str, Any]],
+    svg: str,
+    json_file: Path | None,
+    more: dict[str, list[dict[str, Any]]] | None = None,
 ) -> None:
-    """Print the rows, write them and the plot, log both to MLflow."""
+    """Print the rows, write them and the plot, log both to MLflow; and `more` rows by name, where there are any."""
+    more = {name: others for name, others in (more or {}).items() if others}
     console = Console(soft_wrap=True, highlight=False)
     console.width = max(console.width, _WIDTH)
-    table = Table(box=None, pad_edge=False)
-    for column in rows[0]:
-        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
-    for row in rows:
-        table.add_row(*(value if isinstance(value, str) else f"{value:.4g}" for value in row.values()))
-    console.print(table)
+    for part in (rows, *more.values()):
+        console.print(_table(part))
     folder = output or Path(f"{job.output}-diagnose")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{what}.svg").write_text(svg)
         _write_csv(folder / f"{what}.csv", rows)
+        for name, others in more.items():
+            _write_csv(folder / f"{what}-{name}.csv", others)
     except OSError as error:
         raise CallerError(f"cannot write --output {folder}: {error.strerror or error}") from error
-    write_json(json_file, {"diagnose": what, "rows": rows})
-    console.print(f"{folder / f'{what}.svg'}, {what}.csv", markup=False)
+    write_json(json_file, {"diagnose": what, "rows": rows} | more)
+    tables = [f"{what}.csv", *(f"{what}-{name}.csv" for name in more)]
+    console.print(f"{folder / f'{what}.svg'}, {', '.join(tables)}", markup=False)
     if job.track.enabled:
-        numbers = {f"{what}.{index}.{key}": value for index, key, value in _numbers(rows)}
+        numbers = {
+            f"{name}.{index}.{key}": value
+            for name, part in {what: rows, **{f"{what}-{name}": others for name, others in more.items()}}.items()
+            for index, key, value in _numbers(part)
+        }
         problem = log_folder(folder, job.track.experiment, f"{job.name} {what}", {"job": job.name}, numbers)
         if problem:
             warn(f"MLflow does not have this: {problem}")
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in rows[0]:
+        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
+    for row in rows:
+        table.add_row(*(value if isinstance(value, str) else f"{value:.4g}" for value in row.values()))
+    return table
 
 
 def _numbers(rows: list[dict[str, Any]]) -> Iterator[tuple[int, str, float]]:

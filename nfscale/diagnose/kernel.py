@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from nfscale.diagnose.subject import Subject
-from nfscale.engine import Stop, calibrate, fit
+from nfscale.diagnose.training import along_training
 from nfscale.fields import Field
-from nfscale.signals import Samples
 
 _MOST_VALUES = 256
 _CHUNK = 32
@@ -72,44 +71,12 @@ def kernel_statistics(
 
 
 def kernel_along_training(subject: Subject, moments: Sequence[int]) -> Iterator[tuple[KernelStatistics, Tensor]]:
-    """The kernel after these numbers of steps of the job's optimiser, at up to 256 values spread over the samples.
-
-    Each moment is a fit of its own from the same start with the same schedule; of a fit its best weights count, as
-    everywhere.
-    """
-    samples = Samples(subject.samples.coordinates, subject.samples.values, subject.samples.mask)
-    channels = samples.values.shape[1]
-    apart = -(-len(samples.values) // max(_MOST_VALUES // channels, 1))
+    """The kernel after these numbers of steps of the job's optimiser, at up to 256 values spread over the samples."""
+    samples = subject.samples
+    apart = -(-len(samples.values) // max(_MOST_VALUES // samples.values.shape[1], 1))
     coordinates, target = samples.coordinates[::apart], samples.values[::apart]
-    for steps in sorted(set(moments)):
-        row, quality = _after(subject, samples, steps)
-        kernel = tangent_kernel(subject.field, row, coordinates)
+    for moment in along_training(subject, moments):
+        kernel = tangent_kernel(subject.field, moment.row, coordinates)
         with torch.no_grad():
-            values = subject.field.apply(subject.field.layout.unravel(row[None]), coordinates[None])[0]
-        yield kernel_statistics(kernel, target, target - values, steps, quality)
-
-
-def _after(subject: Subject, samples: Samples, steps: int) -> tuple[Tensor, float]:
-    """Weights [P] after so many steps, and their quality."""
-    optimizer, job = subject.optimizer(), subject.job
-    every = getattr(optimizer, "update_every", 1)
-    whole = max(steps // every * every, every)
-    common = {"optimizer": optimizer, "seed": job.seed, "samples": job.fit.samples, "sampling": job.fit.sampling}
-    calibration, data = None, [(subject.datum_id, samples)]
-    if "diagonal" in optimizer.needs:
-        stop = Stop(whole, check_every=every)
-        calibration = calibrate(
-            subject.field,
-            subject.signal,
-            data,
-            stop=stop,
-            theta0=subject.row,
-            **common,  # type: ignore[arg-type]
-        )
-    stop = Stop(whole, check_every=every if steps else whole, max_restarts=0)
-    fitted = next(
-        iter(fit(subject.field, subject.signal, data, stop=stop, init=subject.row, calibration=calibration, **common))  # type: ignore[arg-type]
-    )
-    if not steps:
-        return subject.row, fitted.history_quality[0]
-    return fitted.weights, fitted.quality
+            values = subject.field.apply(subject.field.layout.unravel(moment.row[None]), coordinates[None])[0]
+        yield kernel_statistics(kernel, target, target - values, moment.steps, moment.quality)

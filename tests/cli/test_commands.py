@@ -190,7 +190,7 @@ def test_the_help_of_encode_lists_the_names_that_a_job_may_use():
     assert "field.kind: mlp, mfn, hash_grid" in shown
 
 
-@pytest.mark.parametrize("what", ["init", "spectrum", "ntk"])
+@pytest.mark.parametrize("what", ["init", "spectrum", "ntk", "hessian"])
 def test_every_diagnosis_has_help_with_an_example(what):
     shown = nfscale("diagnose", what, "--help")
     assert shown.returncode == 0
