@@ -29,10 +29,16 @@ def exponential(progress: Tensor) -> Tensor:
     return _FINAL_FRACTION**progress
 
 
+def step(progress: Tensor) -> Tensor:
+    """A tenth from half of the steps on, and a hundredth from three quarters on."""
+    return torch.where(progress < 0.5, 1.0, torch.where(progress < 0.75, 0.1, 0.01)).to(progress.dtype)
+
+
 SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
     "constant": constant,
     "cosine": cosine,
     "exponential": exponential,
+    "step": step,
 }
 
 
