@@ -32,7 +32,7 @@ class AdaHessian(OwnDiagonal):
     """e: equilibrated; j: Jacobi."""
     beta2: float = 0.99
     hessian_power: float = 1.0
-    epsilon: float = 1e-4
+    epsilon: float = 0.1
 
     @staticmethod
     def auto_learning_rate(width: int, weight_scale: float, samples: int) -> float:
@@ -53,4 +53,6 @@ class AdaHessian(OwnDiagonal):
     def denominator(self, state: State) -> Params:
         mean = unbiased(state["curvature"], self.beta2, state["probes"])
         diagonal = map_params(torch.sqrt if self.variant == "e" else torch.abs, mean)
-        return map_params(lambda d: d.pow(self.hessian_power).add_(self.epsilon), diagonal)
+        if self.hessian_power != 1:  # in float64: see Schedule.factor
+            diagonal = map_params(lambda d: d.double().pow(self.hessian_power).to(d.dtype), diagonal)
+        return map_params(lambda d: d + self.epsilon, diagonal)

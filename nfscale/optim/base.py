@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -48,10 +48,8 @@ class Optimizer(Protocol):
     @property
     def schedule(self) -> Schedule: ...
 
-    @property
-    def elementwise(self) -> bool:
-        """Each weight is treated alone: the loop may hand over whole rows {"rows": [F, P]}, not tensors by name."""
-        ...
+    elementwise: ClassVar[bool]
+    """Each weight is treated alone: the loop may hand over whole rows {"rows": [F, P]} instead of tensors by name."""
 
     @property
     def needs(self) -> frozenset[Need]: ...

@@ -6,7 +6,7 @@ shortens the steps of its weight at once, and is forgotten by beta2 a probe; no 
 
 Differences from the released code:
 
-- damping is relative to the mean of the diagonal (theirs is an absolute 1e-4), so that scaling the loss changes nothing;
+- damping is relative to the mean of the diagonal, so that scaling the loss changes nothing; theirs is an absolute 1e-4;
 - probes come every `update_every` steps from the first on; theirs every step for 50 steps, then every 100;
 - the rate warms up with the schedule's `warmup`; theirs by 1 - 0.99^probes.
 """

@@ -25,7 +25,11 @@ from nfscale.optim.adam import Adam
 from nfscale.optim.base import Extra, Need, State, map_params, step_size, times
 from nfscale.optim.schedules import Schedule
 
-_QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan's: the steepest at zero, so that five iterations do; ends within 0.7 .. 1.2
+_QUINTIC = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # Jordan's: the steepest at zero, so that five iterations do; ends within 0.7 .. 1.2
 _ITERATIONS = 5
 _SMALLEST_NORM = 1e-7
 
@@ -37,7 +41,7 @@ class Muon:
     learning_rate: float
     """Of the hidden matrices: with singular values near 1, a step changes each direction by so much."""
     schedule: Schedule
-    momentum: float = 0.95
+    momentum: float = 0.9
     nesterov: bool = True
     adam_learning_rate: float = 1e-3
     """Of the other params. That of the authors' code, and Adam's own rule at width 64 (it goes with 1 / width)."""

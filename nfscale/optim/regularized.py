@@ -18,7 +18,7 @@ from nfscale.optim.schedules import Schedule
 
 @dataclass(frozen=True)
 class Regularized:
-    """An optimiser with clipped gradients, weights that decay, or both. Fast steps that know the inner one refuse it."""
+    """An optimiser with clipped gradients, weights that decay, or both. Steps that know the inner one refuse it."""
 
     inner: Optimizer
     weight_decay: float = 0.0

@@ -109,7 +109,9 @@ class Shampoo:
             other = state["roots"]["right" if side == "left" else "left"]
             for name, root in roots.items():
                 values, vectors = eigen(times(state["factors"][side][name], 1 / held))
-                powers = self._damped(values).pow(-0.25 if name in other else -0.5)
+                # Not pow: vectorised, it may round differently at another position of the batch.
+                powers = self._damped(values).rsqrt()
+                powers = powers.sqrt() if name in other else powers
                 fresh = (vectors * powers.unsqueeze(-2)) @ vectors.mT
                 root.copy_(torch.where(per_field(due, root), fresh, root))
 

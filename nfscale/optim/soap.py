@@ -5,9 +5,12 @@ Q_L^T G Q_R; the first moment stays in the weights' own coordinates and is turne
 Every `update_every` steps of a field the basis follows its factors, by one power iteration and a QR decomposition
 (algorithm 4) or by eigenvectors anew. Vectors have no basis: that is Adam.
 
-Differences from the released code: a field moves at its first step, whose gradient gives the first basis, where theirs
-only takes the basis of it; sides longer than `max_factor` have none, as theirs. The order of the basis vectors follows
-their eigenvalues before a power iteration, and the second moment is put in the same order, as theirs.
+Sides longer than `max_factor` have no basis; the basis vectors are put in the order of their eigenvalues before a power
+iteration, and the second moment with them: both as in the released code.
+
+Difference from it: the first gradient, which gives the first basis, enters the moments, and the first step is Adam's;
+theirs takes the basis and does not move. In the basis of its own gradient, all but the diagonal of that gradient is
+rounding, and Adam would make full steps of it.
 """
 
 from dataclasses import dataclass
@@ -71,14 +74,15 @@ class SOAP:
                 factor.mul_(self.factor_beta)
                 factor.add_(products(as_matrix(grads[name]), side), alpha=1 - self.factor_beta)
         # An eigendecomposition waits for the device anyway; here it is asked once every `update_every` steps.
-        if extra.refresh and bool((extra.step == 0).any()):
-            self._take_bases(state, extra.step == 0)
-        updates = self._steps(grads, state, extra)
+        first = extra.step == 0 if extra.refresh and bool((extra.step == 0).any()) else None
+        if first is not None:
+            self._take_bases(state, first)
+        updates = self._steps(grads, state, extra, first)
         if extra.refresh:
             self._follow(state, (extra.step % self.update_every == 0) & (extra.step > 0))
         return updates, state
 
-    def _steps(self, grads: Params, state: State, extra: Extra) -> Params:
+    def _steps(self, grads: Params, state: State, extra: Extra, first: Tensor | None) -> Params:
         count = extra.step + 1
         size = -step_size(self.learning_rate, self.schedule, extra) / began_at_zero(self.beta1, count)
         held, updates = began_at_zero(self.beta2, count), {}
@@ -88,7 +92,11 @@ class SOAP:
             square = state["square"][name].mul_(self.beta2).add_(turned.square(), alpha=1 - self.beta2)
             denominator = times(square, 1 / held).sqrt_().add_(self.epsilon)
             direction = _turned(mean, name, state["bases"]) / denominator
-            updates[name] = times(_turned(direction, name, state["bases"], back=True), size)
+            direction = _turned(direction, name, state["bases"], back=True)
+            if first is not None:
+                adams = mean / gradient.abs().add_(self.epsilon)
+                direction = torch.where(per_field(first, direction), adams, direction)
+            updates[name] = times(direction, size)
         return updates
 
     def _take_bases(self, state: State, fields: Tensor) -> None:

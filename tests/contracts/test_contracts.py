@@ -386,8 +386,13 @@ def params_of(fields: int) -> Params:
     """Those of a field with a first, a hidden and a last layer, and a tensor with one more axis."""
     draw = torch.Generator().manual_seed(0)
     shapes = {
-        **{"layers.0.weight": (4, 3), "layers.0.bias": (4,), "layers.1.weight": (4, 4), "layers.1.bias": (4,)},
-        **{"layers.2.weight": (2, 4), "layers.2.bias": (2,), "more": (2, 3, 2)},
+        "layers.0.weight": (4, 3),
+        "layers.0.bias": (4,),
+        "layers.1.weight": (4, 4),
+        "layers.1.bias": (4,),
+        "layers.2.weight": (2, 4),
+        "layers.2.bias": (2,),
+        "more": (2, 3, 2),
     }
     return {name: torch.randn(fields, *shape, generator=draw) for name, shape in shapes.items()}
 
