@@ -36,7 +36,13 @@ class AdaHessian(OwnDiagonal):
 
     @staticmethod
     def auto_learning_rate(width: int, weight_scale: float, samples: int) -> float:
-        """TODO."""
+        """0.1, between what the variants like: a rule does not know which it is for.
+
+        Evidence: 8 photograph tiles of 64 x 64, 200 steps of 256 samples with cosine decay and a warm-up of 40, width
+        64, weight_scale 1.5: `e` reaches medians of 31.0, 33.8 and 35.0 dB at 0.1, 0.2 and 0.3, `j` 33.4, 29.0 and
+        25.6; with 64 samples `j` wants 0.05. With the papers' epsilon of 1e-4 (and their rate of 0.15) neither variant
+        passes 26 dB at any rate tried: a diagonal from one probe in ten steps has entries near zero.
+        """
         return 0.1
 
     def __post_init__(self) -> None:

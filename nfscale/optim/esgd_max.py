@@ -26,15 +26,21 @@ class ESGDMax(OwnDiagonal):
     """Nesterov's momentum over the largest |Hv| that a weight has seen of late."""
 
     beta2: float = 0.9
-    damping: float = 0.01
+    damping: float = 0.1
     """Added to the diagonal, as a fraction of its mean over the params of a field."""
     nesterov: bool = True
     """Momentum looks one gradient ahead, as in the released code."""
 
     @staticmethod
     def auto_learning_rate(width: int, weight_scale: float, samples: int) -> float:
-        """TODO."""
-        return 0.3
+        """0.7; 0.5 at 64 samples per step and fewer.
+
+        Evidence: 8 photograph tiles of 64 x 64, 200 steps of 256 samples with cosine decay and a warm-up of 40, width
+        64, weight_scale 1.5: 0.3, 0.5, 0.7, 1, 1.5 and 2 reach medians of 34.0, 35.7, 36.1, 36.2, 35.5 and 34.1 dB, the
+        worst tile at 0.7 best. At widths 32 and 128, at weight_scale 2 and with 64 samples, 0.5 and 1 were tried: the
+        worst tile was better at 0.5, by 1.5 to 5 dB. (With ESGD's damping of 0.01 the best was 33.6 dB.)
+        """
+        return 0.5 if samples <= 64 else 0.7
 
     def observe(self, state: State, hv: Params, probe: Params, fields: Tensor) -> None:
         for name, product in hv.items():

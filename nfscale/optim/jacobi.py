@@ -22,13 +22,18 @@ class Jacobi(OwnDiagonal):
     """Momentum over the absolute diagonal of the Hessian."""
 
     beta2: float = 0.95
-    damping: float = 0.1
+    damping: float = 0.3
     """Added to the diagonal, as a fraction of its mean over the params of a field."""
 
     @staticmethod
     def auto_learning_rate(width: int, weight_scale: float, samples: int) -> float:
-        """TODO."""
-        return 0.1
+        """0.2, halved above weight_scale 1.75 or at 64 samples per step and fewer.
+
+        Evidence: 8 photograph tiles of 64 x 64, 200 steps of 256 samples with cosine decay and a warm-up of 40, width
+        64, weight_scale 1.5: 0.1, 0.2, 0.3 and 0.4 reach medians of 35.0, 35.5, 34.5 and 33.9 dB; 0.2 has the better
+        median at widths 32 and 128, too, and half of it with 64 samples and at weight_scale 2.
+        """
+        return 0.1 if weight_scale > 1.75 or samples <= 64 else 0.2
 
     def observe(self, state: State, hv: Params, probe: Params, fields: Tensor) -> None:
         blend(state["curvature"], map_params(torch.mul, probe, hv), self.beta2, fields)

@@ -25,8 +25,13 @@ class SGD:
 
     @staticmethod
     def auto_learning_rate(width: int, weight_scale: float, samples: int) -> float:
-        """TODO."""
-        return 0.1
+        """0.01, halved above weight_scale 1.75 or at 64 samples per step and fewer.
+
+        Evidence: 8 photograph tiles of 64 x 64, 200 steps of 256 samples with cosine decay, weight_scale 1.5. Of 0.003,
+        0.006, 0.01, 0.015 and 0.03 the best median at width 64, of 0.003, 0.01 and 0.03 at width 32, and 0.2 dB below
+        the best at width 128; 0.03 loses tiles at all of them. With 64 samples, and at weight_scale 2, half was better.
+        """
+        return 0.005 if weight_scale > 1.75 or samples <= 64 else 0.01
 
     def init(self, params: Params) -> State:
         return {"momentum": map_params(torch.zeros_like, params)}

@@ -56,7 +56,12 @@ class Shampoo:
 
     @staticmethod
     def auto_learning_rate(width: int, weight_scale: float, samples: int) -> float:
-        """Adam's rule, whose length the steps have with `graft="adam"`; for the other lengths there is no rule."""
+        """Adam's rule, whose length the steps have with `graft="adam"`; for the other lengths there is no rule.
+
+        Evidence: 4 to 8 photograph tiles of 64 x 64, 160 to 200 steps of 256 samples with cosine decay, weight_scale
+        1.5, by the median: 32.9 dB at width 32 (Adam 32.6), 37.9 at 64 (37.1; 36.7 with 1.5 times the rate), 40.4 at
+        128 (41.7). At weight_scale 2 31.9 (32.3), and 34.2 with twice the rate (33.8); with 64 samples 31.7 (31.7).
+        """
         return Adam.auto_learning_rate(width, weight_scale, samples)
 
     def init(self, params: Params) -> State:

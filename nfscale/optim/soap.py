@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from nfscale.layout import Params
-from nfscale.optim.adam import Adam
 from nfscale.optim.base import Extra, Need, State, began_at_zero, map_params, per_field, step_size, times
 from nfscale.optim.matrices import SIDES, as_matrix, eigen, is_matrix, products, zero_factors
 from nfscale.optim.schedules import Schedule
@@ -54,8 +53,15 @@ class SOAP:
 
     @staticmethod
     def auto_learning_rate(width: int, weight_scale: float, samples: int) -> float:
-        """Adam's rule: in any basis a step is as long as Adam's."""
-        return Adam.auto_learning_rate(width, weight_scale, samples)
+        """0.064 / width, halved at 64 samples per step and fewer: Adam's rule but for weight_scale.
+
+        Evidence: 4 to 8 photograph tiles of 64 x 64, 160 to 200 steps of 256 samples with cosine decay, weight_scale
+        1.5, by the median: 32.8 dB at width 32 (Adam 32.6), 38.9 at 64 (37.1), 44.1 at 128 (41.7); 35.5 at 64 with 1.5
+        times the rate. At weight_scale 2 this rate reaches 32.9 and half of it 27.7 (Adam 33.8 and 32.3), with some
+        tile at 19 and 17: it is no method for that. With 64 samples, 31.0 (Adam 31.7).
+        """
+        rate = 0.064 / width
+        return rate / 2 if samples <= 64 else rate
 
     def init(self, params: Params) -> State:
         return {

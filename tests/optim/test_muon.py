@@ -55,7 +55,7 @@ def test_hidden_matrices_follow_the_formula_and_the_rest_is_adam(nesterov):
 
 def test_the_hidden_matrix_is_torchs_muon():
     """Which iterates in bfloat16: five iterations amplify roundings of 0.4 %, hence 5 % of the largest entry."""
-    muon, params = Muon(0.01, CONSTANT), one(mlp_params(), 0)
+    muon, params = Muon(0.01, CONSTANT, momentum=0.95), one(mlp_params(), 0)
     leaf = params[HIDDEN][0].float().requires_grad_()
     theirs, state = torch.optim.Muon([leaf], lr=0.01, weight_decay=0.0), muon.init(params)
     for number in range(8):

@@ -17,8 +17,6 @@ from tests.optim.descents import (
     set_back,
 )
 
-pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
-
 SHAPES = {"matrix": (5, 3), "vector": (4,), "more": (2, 2, 3), "long": (9, 2)}
 
 
@@ -86,6 +84,7 @@ def test_steps_are_those_of_the_formula_for_fields_at_different_steps(beta1, bet
 
 def test_without_what_we_added_it_is_another_librarys():
     """Whose matrix_eps is absolute: both are so small here that full-rank moments hide them."""
+    pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
     optimizer = Shampoo(0.1, CONSTANT, update_every=1, beta1=0.0, beta2=1.0, damping=1e-13, graft="none")
     draw = torch.Generator().manual_seed(0)
     start = torch.randn(1, 4, 4, generator=draw, dtype=torch.float64)
