@@ -79,7 +79,7 @@ class OptimizerSection(_Section):
     """auto: the optimiser's own rule in width, weight scale and samples per step."""
     schedule: Literal[tuple(SCHEDULES)] = "cosine"  # type: ignore[valid-type]
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled, per unit of the learning rate, as AdamW's."""
+    """Decoupled, per unit of the learning rate, as AdamW's: at ESGD's rate of 1, 0.01 is a hundredth at each step."""
     clip_norm: PositiveFloat | None = None
     """The longest gradient of a field. With it or with weight decay the update runs in torch, whatever the step."""
 
