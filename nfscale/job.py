@@ -18,6 +18,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -33,7 +34,7 @@ from nfscale.engine.sampling import Sampling
 from nfscale.errors import CallerError
 from nfscale.fields import FIELDS
 from nfscale.fields.initializations import NOISES
-from nfscale.optim import OPTIMIZERS, SCHEDULES, Schedule
+from nfscale.optim import OPTIMIZERS, SCHEDULES, Regularized, Schedule
 from nfscale.signals import SIGNALS, samples_per_axis
 from nfscale.store.schema import StoreDtype
 
@@ -80,6 +81,10 @@ class OptimizerSection(_Section):
     learning_rate: PositiveFloat | Literal["auto"] = "auto"
     """auto: the optimiser's own rule in width, weight scale and samples per step."""
     schedule: Literal[tuple(SCHEDULES)] = "cosine"  # type: ignore[valid-type]
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled, per unit of the learning rate, as AdamW's: at ESGD's rate of 1, 0.01 is a hundredth at each step."""
+    clip_norm: PositiveFloat | None = None
+    """The longest gradient of a field. With it or with weight decay the update runs in torch, whatever the step."""
 
 
 class FitSection(_Section):
@@ -283,7 +288,10 @@ class EncodeJob(_Section):
             scale = 1.0 if self.field.weight_scale == "auto" else self.field.weight_scale
             rate = cls.auto_learning_rate(self.field.width, scale, samples_per_step)
         schedule = Schedule(section.schedule, self.fit.max_steps, section.warmup)
-        return _build(cls, section, learning_rate=rate, schedule=schedule)
+        optimizer = _build(cls, section, learning_rate=rate, schedule=schedule)
+        if not section.weight_decay and section.clip_norm is None:
+            return optimizer
+        return Regularized(optimizer, section.weight_decay, section.clip_norm)
 
     def fingerprint(self, ids_digest: str) -> str:
         """SHA-256 of all that changes a result; workers, batch size, tracking and output do not."""

@@ -2,6 +2,7 @@
 
     python pipelines/compare_optimizers.py            # about four minutes on one core
     python pipelines/compare_optimizers.py --tiles 16 --steps 100
+    python pipelines/compare_optimizers.py --kinds    # every kind of optimiser with its defaults
 
 Every method fits the same seeded sample of tiles from the same theta0 with the same minibatches, each at
 its own automatic learning rate, with restarts switched off, so that a fit that diverges is seen.
@@ -9,14 +10,14 @@ its own automatic learning rate, with restarts switched off, so that a fit that 
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 
 import nfscale
 from nfscale.datasets import DATASETS, seeded_sample
-from nfscale.optim import Optimizer
+from nfscale.optim import OPTIMIZERS, Optimizer
 
 SAMPLES_PER_STEP = 256
 CALIBRATION = 32
@@ -35,7 +36,16 @@ def methods(steps: int) -> Iterator[tuple[str, Optimizer]]:
     yield "esgd, per field, a tenth of the rate", nfscale.ESGD(esgd_rate / 10, warm, curvature="per_field")
 
 
-def compare(tiles: int, steps: int) -> None:
+def kinds(steps: int) -> Iterator[tuple[str, Optimizer]]:
+    """Every kind of optimiser with its defaults."""
+    for kind, cls in OPTIMIZERS.items():
+        schedule = nfscale.Schedule("cosine", steps, warmup=getattr(cls, "default_warmup", 0))
+        for options in [{"variant": "e"}, {"variant": "j"}] if kind == "adahessian" else [{}]:
+            rate = cls.auto_learning_rate(64, 1.5, SAMPLES_PER_STEP)
+            yield " ".join([kind, *options.values()]), cls(learning_rate=rate, schedule=schedule, **options)
+
+
+def compare(tiles: int, steps: int, compared: Iterable[tuple[str, Optimizer]]) -> None:
     """Fit the tiles with every method and print a row for each."""
     photos = DATASETS["photos"]().open()
     signal, field = nfscale.Image(channels=3), nfscale.MLP(dimensions=2, channels=3)
@@ -44,7 +54,7 @@ def compare(tiles: int, steps: int) -> None:
     stop = nfscale.Stop(steps, check_every=20, max_restarts=0)
     print(f"{tiles} tiles of 64 x 64, {steps} steps of {SAMPLES_PER_STEP} samples, torch {torch.__version__}")
     print(f"{'method':38s} {'median':>7s} {'p05':>7s} {'worst':>7s} {'diverged':>9s} {'ms per field step':>18s}")
-    for name, optimizer in methods(steps):
+    for name, optimizer in compared:
         common = {"optimizer": optimizer, "stop": stop, "seed": 0, "samples": SAMPLES_PER_STEP}
         calibration = None
         if "diagonal" in optimizer.needs:
@@ -63,9 +73,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tiles", type=int, default=64)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--kinds", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    compare(arguments.tiles, arguments.steps)
+    compared = kinds(arguments.steps) if arguments.kinds else methods(arguments.steps)
+    compare(arguments.tiles, arguments.steps, compared)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,10 @@ def test_the_jobs_that_ship_use_weight_scaling_and_esgd(path):
     ("override", "message"),
     [
         ("fit.max_step=3", "unknown key fit.max_step; accepted: max_steps, target, samples"),
-        ("optimizer.momentum=3", "unknown key optimizer.momentum; accepted: learning_rate, schedule, kind, curvature"),
+        (
+            "optimizer.momentum=3",
+            "unknown key optimizer.momentum; accepted: learning_rate, schedule, weight_decay, clip_norm, kind",
+        ),
         ("signal.holdout=1", "signal.holdout=k holds back one pixel of k and is at least 2, got 1"),
         ("signal.kind=imge", f"unknown signal 'imge'; known kinds of signal: {', '.join(sorted(SIGNALS))}"),
         ("dataset.kind=cifar", f"unknown dataset 'cifar'; known kinds of dataset: {', '.join(sorted(DATASETS))}"),
@@ -45,7 +48,7 @@ def test_the_jobs_that_ship_use_weight_scaling_and_esgd(path):
         ("fit.samples=-3", "fit.samples: input should be greater than 0 or 'full', got -3"),
         ("fit.sampling=error", "fit.sampling=error chooses what a step takes, and fit.samples=full takes all"),
         ("fit.max_steps=75", "max_steps=75 is not a multiple of check_every=20; use max_steps=60 or 80"),
-        ("optimizer.schedule=linear", "should be 'constant', 'cosine' or 'exponential', got 'linear'"),
+        ("optimizer.schedule=linear", "should be 'constant', 'cosine', 'exponential' or 'step', got 'linear'"),
         ("optimizer.update_every=7", "fit.check_every=20 is not a multiple of optimizer.update_every=7"),
         ("field.width=0", "width is above 0, got 0"),
         ("field.init=per_datum", "use field.init=shared or optimizer.curvature=per_field"),

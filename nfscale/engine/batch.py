@@ -134,17 +134,17 @@ class Batch:
                 positions = self.sampler.positions(self.seeds, self.steps, min(_DRAWN_STEPS, count - index))
             drawn = None if positions is None else positions[:, place]
             part = training_samples(self.signal, self.presented, drawn, self.seeds, self.steps)
-            hv, wanted = None, None
-            if "hv" in self.optimizer.needs and index % self._cadence == 0:
+            hv, wanted, signs, comes_round = None, None, None, index % self._cadence == 0
+            if "hv" in self.optimizer.needs and comes_round:
                 wanted = self.optimizer.wants_curvature(self.steps)
                 probe = rademacher(self.seeds, Stream.PROBE, self.steps, self.field.layout.size)
                 _, grads, products = self.step.gradient_and_hvp(self.field, self.signal, self.rows, part, probe)
-                hv = self._params(products)
+                hv, signs = self._params(products), self._params(probe)
             else:
                 _, grads = self.step.gradient(self.field, self.signal, self.rows, part)
-            if "diagonal" in self.optimizer.needs and index % self._cadence == 0:
+            if "diagonal" in self.optimizer.needs and comes_round:
                 diagonal, step_rms = self._shared_curvature()
-            extra = Extra(self.steps, self.rate, hv, wanted, diagonal, step_rms)
+            extra = Extra(self.steps, self.rate, hv, wanted, diagonal, step_rms, signs, comes_round)
             updates, self.state = self.optimizer.update(self._params(grads), self.state, self._params(self.rows), extra)
             self.rows += self._rows(updates)
             self.steps += 1

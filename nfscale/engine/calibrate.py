@@ -18,6 +18,7 @@ from nfscale.engine.result import Stop
 from nfscale.engine.sampling import Sampler, Sampling
 from nfscale.engine.step import evaluate, stack_samples, training_samples
 from nfscale.fields import Field, theta0_of
+from nfscale.optim import Regularized
 from nfscale.optim.base import Extra
 from nfscale.optim.esgd import ESGD, rms_of
 from nfscale.rng import Stream, as_tensor, datum_seed, rademacher
@@ -54,7 +55,7 @@ def calibrate(
     signal: Signal,
     data: Sequence[tuple[str, Samples]],
     *,
-    optimizer: ESGD,
+    optimizer: ESGD | Regularized,
     stop: Stop,
     seed: int,
     theta0: Tensor | None = None,
@@ -68,14 +69,18 @@ def calibrate(
     Ends when the median quality reaches the target: what comes later is of no use to fields that stop there.
 
     Args:
+        optimizer: ESGD; of one with weight decay or clipped gradients, the ESGD inside takes the sample's steps.
         data: (id, samples) pairs of one sample count; 32 are enough for photographs. What they hold back is not
             looked at.
         theta0: float32 [P], the params that all fields start from; by default those of `fit` for this seed.
         samples, sampling, step: as in `fit`; sampling="error" is here "stratified".
 
     Raises:
-        ValueError: if the data have different sample counts, or there are none.
+        ValueError: if the data have different sample counts, or there are none; if the optimiser is not ESGD.
     """
+    optimizer = optimizer.inner if isinstance(optimizer, Regularized) else optimizer  # type: ignore[assignment]
+    if not isinstance(optimizer, ESGD):
+        raise ValueError(f"a calibration is for ESGD, not for {type(optimizer).__name__}")
     data = [(datum_id, replace(part, heldout=None)) for datum_id, part in data]
     counts = sorted({len(part.values) for _, part in data})
     if len(counts) != 1:

@@ -136,7 +136,7 @@ def _refuse_bad(
         if not isinstance(value, str) and value < 1:
             raise ValueError(f"{name} is at least 1, got {value}")
     every = getattr(optimizer, "update_every", 1)
-    if "hv" in optimizer.needs and stop.max_steps > stop.cadence and stop.cadence % every:
+    if optimizer.needs & {"hv", "cadence"} and stop.max_steps > stop.cadence and stop.cadence % every:
         raise ValueError(f"check_every={stop.check_every} is not a multiple of the optimiser's update_every={every}")
 
 

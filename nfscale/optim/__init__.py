@@ -5,11 +5,45 @@ curvature come in `Extra`. Axis 0 of every tensor is the field, and nothing redu
 Adding an optimiser is one file here and one line in `OPTIMIZERS`.
 """
 
+from nfscale.optim.adahessian import AdaHessian
 from nfscale.optim.adam import Adam
 from nfscale.optim.base import Extra, Optimizer
 from nfscale.optim.esgd import ESGD
+from nfscale.optim.esgd_max import ESGDMax
+from nfscale.optim.jacobi import Jacobi
+from nfscale.optim.muon import Muon
+from nfscale.optim.regularized import Regularized
 from nfscale.optim.schedules import SCHEDULES, Schedule
+from nfscale.optim.sgd import SGD
+from nfscale.optim.shampoo import Shampoo
+from nfscale.optim.soap import SOAP
 
-OPTIMIZERS: dict[str, type] = {"adam": Adam, "esgd": ESGD}
+OPTIMIZERS: dict[str, type] = {
+    "adam": Adam,
+    "esgd": ESGD,
+    "sgd": SGD,
+    "esgd_max": ESGDMax,
+    "jacobi": Jacobi,
+    "adahessian": AdaHessian,
+    "shampoo": Shampoo,
+    "soap": SOAP,
+    "muon": Muon,
+}
 
-__all__ = ["ESGD", "OPTIMIZERS", "SCHEDULES", "Adam", "Extra", "Optimizer", "Schedule"]
+__all__ = [
+    "ESGD",
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "SGD",
+    "SOAP",
+    "AdaHessian",
+    "Adam",
+    "ESGDMax",
+    "Extra",
+    "Jacobi",
+    "Muon",
+    "Optimizer",
+    "Regularized",
+    "Schedule",
+    "Shampoo",
+]

@@ -7,11 +7,13 @@ from typing import Any, ClassVar, Literal, Protocol
 from torch import Tensor
 
 from nfscale.layout import Params
+from nfscale.optim.schedules import Schedule
 
 State = dict[str, Any]
 """What an optimiser remembers: tensors [F, ...] and dicts of them, so that slots can be picked by index."""
 
-Need = Literal["hv", "diagonal"]
+Need = Literal["hv", "diagonal", "cadence"]
+"""What the loop provides beside gradients; "cadence": it says in `Extra.refresh` when `update_every` comes round."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,21 @@ class Extra:
     """Equilibrated diagonal sqrt(E[(Hv)^2]) shared by the fields, where `needs` has "diagonal"."""
     step_rms: Tensor | None = None
     """float32 [F]: typical root mean square of a preconditioned step, where `needs` has "diagonal"."""
+    probe: Params | None = None
+    """The signs v that `hv` is the product with: as `hv`."""
+    refresh: bool = True
+    """Whether the step of some field may be a multiple of `update_every`. The host knows it where `needs` has
+    "cadence", so that nothing has to wait for the device to find out; which fields these are, `step` says."""
 
 
 class Optimizer(Protocol):
     """The contract of every entry of `OPTIMIZERS`."""
+
+    @property
+    def learning_rate(self) -> float: ...
+
+    @property
+    def schedule(self) -> Schedule: ...
 
     elementwise: ClassVar[bool]
     """Each weight is treated alone: the loop may hand over whole rows {"rows": [F, P]} instead of tensors by name."""
@@ -55,6 +68,21 @@ class Optimizer(Protocol):
 def per_field(values: Tensor, like: Tensor) -> Tensor:
     """[F] shaped so that it broadcasts against a tensor [F, ...]."""
     return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def step_size(learning_rate: float, schedule: Schedule, extra: Extra) -> Tensor:
+    """The rate of each field's own step: float64 [F], see `Schedule.factor`."""
+    return learning_rate * schedule.factor(extra.step) * extra.rate
+
+
+def began_at_zero(beta: float, count: Tensor) -> Tensor:
+    """What a running mean that began at zero holds of its values after `count` of them: 1 - beta^count, float64 [F]."""
+    return 1 - beta ** count.double()
+
+
+def times(tensor: Tensor, values: Tensor) -> Tensor:
+    """A tensor [F, ...] times a number of each field's own [F], in the tensor's dtype."""
+    return tensor * per_field(values, tensor).to(tensor.dtype)
 
 
 def map_params(function: Callable[..., Tensor], *params: Params) -> Params:

@@ -109,7 +109,7 @@ class ESGD:
 
     def damped(self, diagonal: Params) -> Params:
         """D + damping, what the momentum is divided by."""
-        floor = self.damping * _mean_of(diagonal)
+        floor = self.damping * mean_of(diagonal)
         return map_params(lambda d: d + per_field(floor, d), diagonal)
 
     def correction(self, step: Tensor) -> Tensor:
@@ -149,9 +149,10 @@ def corrected(square: Params, probes: Tensor, beta2: float) -> Params:
 
 def rms_of(params: Params) -> Tensor:
     """Root mean square over all params of a field: {name: [F, ...]} -> [F]."""
-    return _mean_of(map_params(torch.square, params)).sqrt()
+    return mean_of(map_params(torch.square, params)).sqrt()
 
 
-def _mean_of(params: Params) -> Tensor:
+def mean_of(params: Params) -> Tensor:
+    """Mean over all params of a field: {name: [F, ...]} -> [F]."""
     total = torch.stack([p.flatten(1).sum(dim=1) for p in params.values()]).sum(dim=0)
     return total / sum(p[0].numel() for p in params.values())

@@ -3,6 +3,7 @@
 A new variant is tested by being listed; a new signal adds an example datum to `DATA`.
 """
 
+import dataclasses
 from dataclasses import replace
 from itertools import product
 
@@ -16,7 +17,7 @@ from nfscale.fields.encodings import ENCODINGS
 from nfscale.fields.initializations import INITIALIZATIONS
 from nfscale.layout import Layout, Params
 from nfscale.media.render import orbit_pose
-from nfscale.optim import OPTIMIZERS, SCHEDULES, Extra, Schedule
+from nfscale.optim import OPTIMIZERS, SCHEDULES, Extra, Regularized, Schedule
 from nfscale.rng import as_tensor, datum_seed
 from nfscale.signals import SIGNALS, Grid, Samples, Scene, Sound
 from nfscale.signals.base import Pointwise
@@ -43,13 +44,20 @@ DATA = {
 }
 """Three data of one shape for each kind of signal, with the channels above."""
 
-OPTIONS = {"esgd": [{"curvature": "shared"}, {"curvature": "per_field"}]}
+OPTIONS = {
+    "esgd": [{"curvature": "shared"}, {"curvature": "per_field"}],
+    "sgd": [{"nesterov": False}, {"nesterov": True}],
+    "esgd_max": [{"nesterov": False}, {"nesterov": True}],
+    "adahessian": [{"variant": "e"}, {"variant": "j"}],
+    "shampoo": [{"graft": "none"}, {"graft": "sgd"}, {"graft": "adam"}, {"max_factor": 3}],
+    "soap": [{"method": "qr"}, {"method": "eigh"}, {"max_factor": 3}],
+}
 """Ways to configure an optimiser that differ in kind; others are tried with their defaults."""
 
 OPTIMIZER_CASES = [
     pytest.param(kind, options, id="-".join([kind, *map(str, options.values())]))
     for kind in OPTIMIZERS
-    for options in OPTIONS.get(kind, [{}])
+    for options in [*OPTIONS.get(kind, [{}]), {"regularized": True}]
 ]
 
 
@@ -368,19 +376,33 @@ def test_a_datum_that_does_not_fit_is_refused_in_a_sentence(signal):
 
 
 def optimizer_of(kind: str, options: dict, learning_rate: float = 1e-2):
-    return OPTIMIZERS[kind](learning_rate=learning_rate, schedule=Schedule("cosine", total_steps=50), **options)
+    """With every rate that is set apart, such as that of the params which Muon leaves to Adam, set to this one."""
+    rates = [entry.name for entry in dataclasses.fields(OPTIMIZERS[kind]) if entry.name.endswith("learning_rate")]
+    options = {"schedule": Schedule("cosine", total_steps=50), **dict.fromkeys(rates, learning_rate), **options}
+    optimizer = OPTIMIZERS[kind](**{name: value for name, value in options.items() if name != "regularized"})
+    return Regularized(optimizer, weight_decay=0.1, clip_norm=1.0) if options.get("regularized") else optimizer
 
 
 def params_of(fields: int) -> Params:
+    """Those of a field with a first, a hidden and a last layer, and a tensor with one more axis."""
     draw = torch.Generator().manual_seed(0)
-    return {"weight": torch.randn(fields, 4, 3, generator=draw), "bias": torch.randn(fields, 4, generator=draw)}
+    shapes = {
+        "layers.0.weight": (4, 3),
+        "layers.0.bias": (4,),
+        "layers.1.weight": (4, 4),
+        "layers.1.bias": (4,),
+        "layers.2.weight": (2, 4),
+        "layers.2.bias": (2,),
+        "more": (2, 3, 2),
+    }
+    return {name: torch.randn(fields, *shape, generator=draw) for name, shape in shapes.items()}
 
 
 def extra_of(optimizer, params: Params, step: torch.Tensor, number: int) -> Extra:
     """All that an optimiser can ask for, different at every call."""
     draw = torch.Generator().manual_seed(1000 + number)
     fields = len(step)
-    random = [{name: torch.randn(p.shape, generator=draw) for name, p in params.items()} for _ in range(2)]
+    random = [{name: torch.randn(p.shape, generator=draw) for name, p in params.items()} for _ in range(3)]
     return Extra(
         step=step,
         rate=torch.tensor([1.0, 0.5, 0.25])[:fields],
@@ -388,6 +410,7 @@ def extra_of(optimizer, params: Params, step: torch.Tensor, number: int) -> Extr
         hv_fields=optimizer.wants_curvature(step),
         diagonal={name: d.abs() + 0.1 for name, d in random[1].items()},
         step_rms=torch.tensor([0.5, 2.0, 100.0])[:fields],
+        probe={name: d.sign() for name, d in random[2].items()},
     )
 
 
@@ -395,7 +418,7 @@ def part_of(tree, index: slice | list[int]):
     """The same fields out of every tensor of a state or an Extra's dict."""
     if isinstance(tree, dict):
         return {name: part_of(value, index) for name, value in tree.items()}
-    return None if tree is None else tree[index].clone()
+    return tree[index].clone() if isinstance(tree, torch.Tensor) else tree
 
 
 def run(optimizer, params: Params, first_steps: torch.Tensor, index: slice = slice(None), count: int = 6):
@@ -464,7 +487,7 @@ def test_the_rate_of_a_field_scales_its_updates(kind, options):
     whole = extra_of(optimizer, params, STEPS, 0)
     rates = []
     for rate in (ones, whole.rate):
-        extra = Extra(STEPS, rate, whole.hv, whole.hv_fields, whole.diagonal, whole.step_rms)
+        extra = replace(whole, rate=rate)
         rates.append(optimizer.update(params, optimizer.init(params), params, extra)[0])
     for name in params:
         factor = whole.rate.view(-1, *[1] * (params[name].ndim - 1))
@@ -475,9 +498,9 @@ def test_the_rate_of_a_field_scales_its_updates(kind, options):
 def test_updates_leave_params_and_gradients_as_they_were(kind, options):
     optimizer, params, grads = optimizer_of(kind, options), params_of(3), params_of(3)
     extra = extra_of(optimizer, params, STEPS, 0)
-    given = part_of({"params": params, "grads": grads, "hv": extra.hv, "diagonal": extra.diagonal}, slice(None))
+    now = {"params": params, "grads": grads, "hv": extra.hv, "probe": extra.probe, "diagonal": extra.diagonal}
+    given = part_of(now, slice(None))
     optimizer.update(grads, optimizer.init(params), params, extra)
-    now = {"params": params, "grads": grads, "hv": extra.hv, "diagonal": extra.diagonal}
     for before, after in zip(tensors_of(given), tensors_of(now), strict=True):
         assert torch.equal(before, after)
 
@@ -492,9 +515,9 @@ def test_elementwise_optimisers_take_rows_as_well_as_tensors_by_name(kind, optio
     extra = extra_of(optimizer, params, STEPS, 0)
     by_name, _ = optimizer.update(params, optimizer.init(params), params, extra)
     rows = {"rows": layout.ravel(params)}
-    hv, diagonal = ({"rows": layout.ravel(part)} for part in (extra.hv, extra.diagonal))
+    hv, probe, diagonal = ({"rows": layout.ravel(part)} for part in (extra.hv, extra.probe, extra.diagonal))
     by_row, _ = optimizer.update(
-        rows, optimizer.init(rows), rows, Extra(STEPS, extra.rate, hv, extra.hv_fields, diagonal, extra.step_rms)
+        rows, optimizer.init(rows), rows, replace(extra, hv=hv, probe=probe, diagonal=diagonal)
     )
     torch.testing.assert_close(by_row["rows"], layout.ravel(by_name), rtol=1e-5, atol=1e-8)
 
@@ -507,7 +530,7 @@ def test_wanting_curvature_is_a_function_of_each_fields_own_step(kind, options):
     assert wanted.tolist() == [bool(optimizer.wants_curvature(step[None])) for step in steps]
     assert bool(wanted.any()) == ("hv" in optimizer.needs)
     assert bool(wanted[0]) == ("hv" in optimizer.needs)  # without a probe at step 0 there is no diagonal
-    assert optimizer.needs <= {"hv", "diagonal"}
+    assert optimizer.needs <= {"hv", "diagonal", "cadence"}
 
 
 @pytest.mark.parametrize(("kind", "options"), OPTIMIZER_CASES)

@@ -291,6 +291,7 @@ def test_esgd_descends_a_quadratic_whose_curvatures_differ_a_millionfold():
         ("constant", [1, 1, 1, 1, 1]),
         ("cosine", [1, (1 + math.sqrt(0.5)) / 2, 0.5, 0, 0]),
         ("exponential", [1, 10**-0.5, 0.1, 0.01, 0.01]),
+        ("step", [1, 1, 0.1, 0.01, 0.01]),
     ],
 )
 def test_schedules_at_known_steps(kind, expected):
@@ -299,7 +300,7 @@ def test_schedules_at_known_steps(kind, expected):
     assert factor.tolist() == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["constant", "cosine", "exponential"])
+@pytest.mark.parametrize("kind", ["constant", "cosine", "exponential", "step"])
 def test_warm_up_rises_linearly_to_one_and_the_decay_follows(kind):
     schedule = Schedule(kind, total_steps=120, warmup=20)
     rising = schedule.factor(torch.arange(20))
