@@ -11,7 +11,7 @@ from nfscale.layout import Params
 State = dict[str, Any]
 """What an optimiser remembers: tensors [F, ...] and dicts of them, so that slots can be picked by index."""
 
-Need = Literal["hv", "diagonal"]
+Need = Literal["hv", "diagonal", "layer_io"]
 
 
 @dataclass(frozen=True)
