@@ -118,12 +118,14 @@ def fit(
 def _refuse_unsolvable(solver: Solver, field: Field, signal: Signal, samples: int | Literal["full"]) -> None:
     name = type(solver).__name__
     if solver.full_batch and samples != "full":
-        raise ValueError(f"{name} takes all samples of a field at every step, got samples={samples}; use samples='full'")
+        raise ValueError(f"{name} takes all samples at every step, got samples={samples}; use samples='full'")
     if why := unsolvable(solver, field, signal):
         raise ValueError(f"{name} cannot fit this: {why}")
 
 
-def _refuse_bad(optimizer: Optimizer | Solver, stop: Stop, samples: int | Literal["full"], batch: int | Literal["auto"]) -> None:
+def _refuse_bad(
+    optimizer: Optimizer | Solver, stop: Stop, samples: int | Literal["full"], batch: int | Literal["auto"]
+) -> None:
     for name, value in (("samples", samples), ("batch", batch)):
         if not isinstance(value, str) and value < 1:
             raise ValueError(f"{name} is at least 1, got {value}")

@@ -86,9 +86,7 @@ class KFAC:
         return torch.where(accepted[:, None], moved, rows), state
 
 
-def preconditioned(
-    line: Linearization, rows: Tensor, factors: list[tuple[Tensor, Tensor]], damping: Tensor
-) -> Tensor:
+def preconditioned(line: Linearization, rows: Tensor, factors: list[tuple[Tensor, Tensor]], damping: Tensor) -> Tensor:
     """(A + pi sqrt(lambda))^-1 (x) (G + sqrt(lambda) / pi)^-1 of every layer, times rows [F, P].
 
     pi = sqrt((tr A / dim A) / (tr G / dim G)) shares the damping lambda [F] between the factors.

@@ -1,8 +1,8 @@
-"""The contract of a solver: a method that decides by itself where to look, instead of turning one gradient into one update.
+"""The contract of a solver: a method that decides by itself where to look.
 
 An optimiser is handed a gradient; a line search or a trust region asks for losses and gradients at points of its
 own, accepts or refuses them field by field, and needs the loss as one function of the params. A solver is handed
-the problem and gives back the params: one call of `solve` is one step. Axis 0 is the field and nothing reduces over
+the problem and gives back the next rows: one call of `solve` is one step. Axis 0 is the field and nothing reduces over
 it. Unlike optimisers, solvers wait for the device within a step: who still searches is known on the host.
 """
 

@@ -30,7 +30,7 @@ class Spring:
     learning_rate: float
     schedule: Schedule
     momentum: float = 0.9
-    damping: float = 1e-3
+    damping: float = 1e-2
     """lambda, as a fraction of the mean eigenvalue of J J^T."""
     largest_system: int = 4096
     """Side of the largest matrix that is solved per field: 128 MiB in float64."""
@@ -46,8 +46,13 @@ class Spring:
 
     @staticmethod
     def auto_learning_rate(width: int, weight_scale: float, samples: int) -> float:
-        """0.3 whatever the width, the weight scale and the samples per step."""
-        return 0.3
+        """0.2, or 0.1 at 128 samples per step and fewer, whatever the width and the weight scale.
+
+        Evidence: of 0.05, 0.1, 0.2 and 0.3 with cosine decay, the best for the worst of 3 to 5 grey photograph tiles
+        of 64 x 64 at width 64, weight_scale 1.75, in 200 steps of 256 samples and 300 of 128. At 64 samples it is
+        poor at any rate: the more samples, the better this method is beside Adam.
+        """
+        return 0.1 if samples <= 128 else 0.2
 
     def too_large(self, size: int, residuals: int) -> str | None:
         return system_too_large(size, residuals, self.largest_system, "use fewer fit.samples or narrower fields")
