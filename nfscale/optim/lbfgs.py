@@ -85,21 +85,24 @@ class LBFGS:
 
     def _direction(self, state: State, gradient: Tensor) -> Tensor:
         """-H g by the two-loop recursion; fields without pairs get -g. A pair that is not there has product 0."""
-        fields = torch.arange(len(gradient), device=gradient.device)
-        steps, changes, inverse_products = state["steps"], state["changes"], state["inverse_products"]
-        newest_first = [(state["pairs"] - 1 - age) % self.history for age in range(self.history)]
+        pairs = state["pairs"]
+        # Of all fields, to skip places that are empty everywhere: they add zeros.
+        kept = max(1, min(self.history, int(pairs.max())))
+        newest_first = (pairs[:, None] - 1 - torch.arange(kept, device=pairs.device)) % self.history
+        fields = torch.arange(len(gradient), device=gradient.device)[:, None]
+        steps, changes = (state[name][fields, newest_first] for name in ("steps", "changes"))
+        inverse_products = state["inverse_products"][fields, newest_first]
         residue, factors = gradient.clone(), []
-        for place in newest_first:
-            factor = inverse_products[fields, place] * _dot(steps[fields, place], residue)
-            residue -= factor.to(residue.dtype)[:, None] * changes[fields, place]
+        for age in range(kept):
+            factor = inverse_products[:, age] * _dot(steps[:, age], residue)
+            residue.addcmul_(factor.to(residue.dtype)[:, None], changes[:, age], value=-1)
             factors.append(factor)
-        newest = newest_first[0]
-        square, inverse = _dot(changes[fields, newest], changes[fields, newest]), inverse_products[fields, newest]
-        scale = torch.where(inverse > 0, 1 / (inverse * square), 1.0)
+        inverse = inverse_products[:, 0]
+        scale = torch.where(inverse > 0, 1 / (inverse * _dot(changes[:, 0], changes[:, 0])), 1.0)
         residue *= scale.to(residue.dtype)[:, None]
-        for place, factor in zip(reversed(newest_first), reversed(factors), strict=True):
-            back = inverse_products[fields, place] * _dot(changes[fields, place], residue)
-            residue += (factor - back).to(residue.dtype)[:, None] * steps[fields, place]
+        for age in reversed(range(kept)):
+            back = inverse_products[:, age] * _dot(changes[:, age], residue)
+            residue.addcmul_((factors[age] - back).to(residue.dtype)[:, None], steps[:, age])
         return residue.neg_()
 
     def _search(

@@ -194,7 +194,7 @@ def test_it_needs_far_fewer_steps_than_adam():
 def test_what_would_not_fit_is_refused_with_its_size_before_a_step():
     small = GaussNewton(largest_system=50)
     fitted(data_of(2, 7, 7), optimizer=small, stop=STOP)
-    with pytest.raises(ValueError, match=r"GaussNewton.*63 x 63.*0 MiB.*63 residuals and 205 weights.*=50; use fewer"):
+    with pytest.raises(ValueError, match=r"GaussNewton.*63 x 63.*0 MiB.*63 residuals and 205 weights.*=50; use lbfgs"):
         fitted(DATA, optimizer=small, stop=STOP)
 
 

@@ -68,7 +68,7 @@ def test_the_factors_of_the_last_layer_of_a_siren_are_its_exact_block():
 
 
 def test_the_factors_of_every_layer_are_exact_where_one_sample_is_all():
-    """Nothing is averaged then. Of one channel; of several, the sum over channels is of their Kronecker products."""
+    """Nothing is averaged over samples then, and the product is exact."""
     line, _ = line_and_rows(count=1)
     matrix, place = 2 * line.normal(), 0
     for factors in line.factors():
