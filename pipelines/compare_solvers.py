@@ -62,7 +62,8 @@ def methods(regime: Regime, steps: int) -> Iterator[Method]:
     rate = nfscale.Adam.auto_learning_rate(regime.field.width, 1.75, 256)
     yield Method("adam, all pixels, constant", nfscale.Adam(rate, nfscale.Schedule("constant")), "full", many)
     if regime.side > 32:
-        spring = Spring(Spring.auto_learning_rate(regime.field.width, 1.75, 256), cosine)
+        warm = nfscale.Schedule("cosine", 10 * steps, warmup=Spring.default_warmup)
+        spring = Spring(Spring.auto_learning_rate(regime.field.width, 1.75, 256), warm)
         yield Method("spring, 256 pixels, cosine", spring, 256, many)
         yield Method("adam, 256 pixels, cosine", nfscale.Adam(rate, cosine), 256, many)
 
