@@ -1,6 +1,6 @@
 """Solvers beside Adam: steps and seconds to a quality, on grey photograph tiles and on small ones.
 
-    python -m pipelines.compare_solvers                  # about five minutes on one core
+    python -m pipelines.compare_solvers                  # two minutes on one core
     python -m pipelines.compare_solvers --fields 4 --steps 20
 
 Every method fits the same seeded sample of tiles from the same theta0 with all pixels (SPRING and one Adam: with
@@ -103,7 +103,7 @@ def compare(regime: Regime, fields: int, steps: int) -> None:
         seconds = sum(taken for taken, _ in step_seconds) / sum(count for _, count in step_seconds)
         quality = np.array([f.quality for f in fitted])
         reached = "".join(f"{_reached(fitted, target, seconds):>24s}" for target in TARGETS)
-        row = f"{method.name:28s}{1e3 * seconds:10.2f}{reached}{np.median(quality):11.1f}{quality.min():10.1f}"
+        row = f"{method.name:28s}{1e3 * seconds:10.3f}{reached}{np.median(quality):11.1f}{quality.min():10.1f}"
         print(row, flush=True)
 
 
@@ -116,13 +116,13 @@ def _reached(fitted: list[nfscale.Fitted], target: float, seconds: float) -> str
     middle, slowest = first[len(first) // 2], first[-1]
     if np.isinf(middle):
         return f"{sum(np.isfinite(first))} of {len(first)}"
-    return f"{middle} (max {slowest}), {middle * seconds:.2f} s"
+    return f"{middle} (max {slowest}), {middle * seconds:.3f} s"
 
 
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--fields", type=int, default=8)
+    parser.add_argument("--fields", type=int, default=16)
     parser.add_argument("--steps", type=int, default=30)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
