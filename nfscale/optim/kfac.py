@@ -92,7 +92,7 @@ def preconditioned(line: Linearization, rows: Tensor, factors: list[tuple[Tensor
     pi = sqrt((tr A / dim A) / (tr G / dim G)) shares the damping lambda [F] between the factors.
     """
     root, parts = damping.sqrt(), []
-    for (_, _, weight, bias), (inputs, deltas) in zip(line._layers(rows), factors, strict=True):
+    for (_, _, weight, bias), (inputs, deltas) in zip(line.layers(rows), factors, strict=True):
         mean_inputs, mean_deltas = (f.diagonal(dim1=1, dim2=2).mean(dim=1).double() for f in (inputs, deltas))
         share = (mean_inputs / mean_deltas).sqrt()
         solved = torch.cat([weight, bias[..., None]], dim=2).double()

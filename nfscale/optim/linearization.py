@@ -47,7 +47,7 @@ class Linearization:
     def pushed(self, rows: Tensor) -> Tensor:
         """J d, the change of the residuals: [F, P] -> [F, N, C]."""
         total = torch.zeros_like(self.residuals)
-        for hidden, delta, weight, bias in self._layers(rows):
+        for hidden, delta, weight, bias in self.layers(rows):
             moved = torch.baddbmm(bias[:, None], hidden, weight.mT)
             total += (delta * moved[:, :, None]).sum(dim=3)
         return total
@@ -102,7 +102,7 @@ class Linearization:
             found.append((extended.mT @ (extended * weights), 2 * (columns.mT @ columns)))
         return found
 
-    def _layers(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def layers(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Inputs, deltas, and rows [F, P] taken apart: weights [F, O, I], biases [F, O]."""
         place = 0
         for hidden, delta in zip(self.inputs, self.deltas, strict=True):

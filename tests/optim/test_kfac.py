@@ -172,8 +172,8 @@ def test_the_damping_follows_what_a_step_gained_of_what_was_predicted(after, fac
 def test_a_fit_is_that_of_the_field_alone(step):
     """Five data through three slots, so that fields at different steps share the batch.
 
-    Bit for bit on one processor; factors have odd sizes (13), which the matrix library may sum in another order at
-    another alignment, so what is promised is equality to rounding.
+    What is promised is equality to rounding: factors have odd sizes (13 here), which the matrix library may sum in
+    another order at another alignment. Where this was written the bits were the same.
     """
     how = {"optimizer": KFAC(), "stop": STOP, "step": step}
     together = fitted(DATA, batch=3, **how)
