@@ -33,7 +33,7 @@ from nfscale.errors import CallerError, EncodeError, OutputError
 from nfscale.fields import Field, theta0_of
 from nfscale.job import FORMAT_VERSION, EncodeJob
 from nfscale.media import MEDIA, Medium
-from nfscale.optim import Optimizer
+from nfscale.optim import Optimizer, Solver
 from nfscale.rng import datum_seed
 from nfscale.signals import SIGNALS, Kind, Samples, Signal
 from nfscale.signals.base import Apply
@@ -90,6 +90,9 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
         raise CallerError(f"fit.{SELECTS_WITHOUT_CHECK}")
     available = len(samples.values)
     per_step = available if job.fit.samples == "full" else min(job.fit.samples, available)
+    optimizer = job.build_optimizer(per_step)
+    if isinstance(optimizer, Solver) and (why := optimizer.too_large(field.layout.size, per_step * signal.channels)):
+        raise CallerError(f"optimizer.kind={job.optimizer.kind} cannot be used: {why}")
     theta0 = theta0_of(field, job.seed).numpy() if job.field.init == "shared" else None
     positions: list[int] = []
     if job.needs_calibration:
@@ -203,7 +206,7 @@ class OpenRun:
         self.job = EncodeJob.model_validate(self.plan.job)
         self.signal: Signal = built(SIGNALS, self.plan.forward["signal"])
         self.field: Field = self.job.build_field(self.signal.dimensions, self.signal.channels)
-        self.optimizer: Optimizer = self.job.build_optimizer(self.plan.samples_per_step)
+        self.optimizer: Optimizer | Solver = self.job.build_optimizer(self.plan.samples_per_step)
         if self.field.layout != self.plan.layout:
             raise EncodeError("the field of this nfscale has another layout than the run's; use the run's version")
 

@@ -29,12 +29,13 @@ from pydantic import (
 
 from nfscale.datasets import DATASETS
 from nfscale.datasets.base import Dataset, Opener, Repeated, open_limited
+from nfscale.engine.problem import unsolvable
 from nfscale.engine.result import Stop
 from nfscale.engine.sampling import Sampling
 from nfscale.errors import CallerError
 from nfscale.fields import FIELDS
 from nfscale.fields.initializations import NOISES
-from nfscale.optim import OPTIMIZERS, SCHEDULES, Regularized, Schedule
+from nfscale.optim import METHODS, SCHEDULES, SOLVERS, Regularized, Schedule, Solver
 from nfscale.signals import SIGNALS, samples_per_axis
 from nfscale.store.schema import StoreDtype
 
@@ -75,12 +76,17 @@ class FieldSection(_Section):
     init: Literal["shared", "per_datum"] = "shared"
 
 
-class OptimizerSection(_Section):
-    """Keys of every optimizer kind."""
+class RateSection(_Section):
+    """Keys of every optimizer kind that has a learning rate; solvers that search for their steps have none."""
 
     learning_rate: PositiveFloat | Literal["auto"] = "auto"
     """auto: the optimiser's own rule in width, weight scale and samples per step."""
     schedule: Literal[tuple(SCHEDULES)] = "cosine"  # type: ignore[valid-type]
+
+
+class OptimizerSection(RateSection):
+    """Keys of every optimizer kind but solvers."""
+
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled, per unit of the learning rate, as AdamW's: at ESGD's rate of 1, 0.01 is a hundredth at each step."""
     clip_norm: PositiveFloat | None = None
@@ -153,6 +159,10 @@ def _union(base: type[_Section], kinds: dict[str, type]) -> Any:
     models = []
     for kind, cls in kinds.items():
         hints = get_type_hints(cls)
+        has_rate = base is OptimizerSection and "learning_rate" in hints
+        shared = base
+        if kind in SOLVERS:
+            shared = RateSection if has_rate else _Section
         keys: dict[str, Any] = {"kind": (Literal[kind], kind)}
         for field in dataclasses.fields(cls):
             if field.name not in _RUNTIME:
@@ -160,9 +170,9 @@ def _union(base: type[_Section], kinds: dict[str, type]) -> Any:
                 keys[field.name] = (hints[field.name], default)
         if hasattr(cls, "auto_weight_scale"):
             keys["weight_scale"] = (PositiveFloat | Literal["auto"], keys["weight_scale"][1])
-        if base is OptimizerSection:
+        if has_rate:
             keys["warmup"] = (NonNegativeInt, getattr(cls, "default_warmup", 0))
-        models.append(create_model(f"{cls.__name__}Keys", __base__=base, __doc__=cls.__doc__, **keys))
+        models.append(create_model(f"{cls.__name__}Keys", __base__=shared, __doc__=cls.__doc__, **keys))
     if len(models) == 1:
         return models[0]
     return Annotated[Union[tuple(models)], Field(discriminator="kind")]  # noqa: UP007 (built from a dict)
@@ -171,8 +181,8 @@ def _union(base: type[_Section], kinds: dict[str, type]) -> Any:
 _DatasetKeys = _union(DatasetSection, DATASETS)
 _SignalKeys = _union(SignalSection, SIGNALS)
 _FieldKeys = _union(FieldSection, FIELDS)
-_OptimizerKeys = _union(OptimizerSection, OPTIMIZERS)
-_KINDS = {"dataset": DATASETS, "signal": SIGNALS, "field": FIELDS, "optimizer": OPTIMIZERS}
+_OptimizerKeys = _union(OptimizerSection, METHODS)
+_KINDS = {"dataset": DATASETS, "signal": SIGNALS, "field": FIELDS, "optimizer": METHODS}
 _POSSIBLE_CHANNELS = (1, 2, 3, 4)
 _DEFAULT_KIND = {"signal": "image", "field": "mlp", "optimizer": "esgd"}
 
@@ -198,8 +208,10 @@ class EncodeJob(_Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "EncodeJob":
-        self.build_field(dimensions=SIGNALS[self.signal.kind].dimensions, channels=1)
-        self.build_optimizer(samples_per_step=1)
+        field = self.build_field(dimensions=SIGNALS[self.signal.kind].dimensions, channels=1)
+        optimizer = self.build_optimizer(samples_per_step=1)
+        if isinstance(optimizer, Solver):
+            self._solver_can(optimizer, field)
         self._signal_can_be()
         if self.needs_calibration and self.field.init == "per_datum":
             raise ValueError(
@@ -217,6 +229,17 @@ class EncodeJob(_Section):
                 f"fit.check_every={self.fit.check_every} is not a multiple of optimizer.update_every={update_every}"
             )
         return self
+
+    def _solver_can(self, solver: Solver, field: Any) -> None:
+        """Raise why a solver cannot fit such fields to such a signal, whatever the data are."""
+        kind = self.optimizer.kind
+        if solver.full_batch and self.fit.samples != "full":
+            raise ValueError(
+                f"optimizer.kind={kind} takes all samples of a field at every step, and fit.samples is "
+                f"{self.fit.samples}; use fit.samples=full"
+            )
+        if why := unsolvable(solver, field, SIGNALS[self.signal.kind]):
+            raise ValueError(f"optimizer.kind={kind} cannot be used: {why}")
 
     def _signal_can_be(self) -> None:
         """Raise what is wrong with the signal's keys whatever the data are, for which `channels: auto` waits."""
@@ -282,14 +305,16 @@ class EncodeJob(_Section):
 
     def build_optimizer(self, samples_per_step: int) -> Any:
         """The optimiser for steps of this many samples."""
-        cls, section = OPTIMIZERS[self.optimizer.kind], self.optimizer
+        cls, section = METHODS[self.optimizer.kind], self.optimizer
+        if not isinstance(section, RateSection):
+            return _build(cls, section)
         rate = section.learning_rate
         if rate == "auto":
             scale = 1.0 if self.field.weight_scale == "auto" else self.field.weight_scale
             rate = cls.auto_learning_rate(self.field.width, scale, samples_per_step)
         schedule = Schedule(section.schedule, self.fit.max_steps, section.warmup)
         optimizer = _build(cls, section, learning_rate=rate, schedule=schedule)
-        if not section.weight_decay and section.clip_norm is None:
+        if not isinstance(section, OptimizerSection) or (not section.weight_decay and section.clip_norm is None):
             return optimizer
         return Regularized(optimizer, section.weight_decay, section.clip_norm)
 

@@ -13,6 +13,7 @@ from nfscale.coordinator import Failure, Lease
 from nfscale.driver import InProcessPool, open_run, remaining, serve
 from nfscale.encode import OpenRun, ShardReport, encode_shard, make_plan
 from nfscale.errors import CallerError, EncodeError, MismatchError
+from nfscale.optim import SOLVERS
 from nfscale.signals import Image
 from nfscale.store import open_weights
 from nfscale.store.run_folder import Commit, Shard
@@ -39,13 +40,30 @@ def test_every_datum_has_one_row_and_the_observer_hears_of_it(tmp_path):
     assert isinstance(row["label"], int)
 
 
-@pytest.mark.parametrize("optimizer", [{"kind": "esgd", "calibration_data": 8}, {"kind": "adam"}])
+@pytest.mark.parametrize(
+    "optimizer",
+    [{"kind": "esgd", "calibration_data": 8}, {"kind": "adam"}, {"kind": "lbfgs"}, {"kind": "gauss_newton"}],
+)
 def test_weights_do_not_depend_on_batch_or_shards(tmp_path, optimizer):
     one, _ = encode_in_process(tiny_job(tmp_path / "one", optimizer=optimizer))
     other, _ = encode_in_process(
         tiny_job(tmp_path / "other", "fit.batch=3", "store.shard_fields=7", optimizer=optimizer)
     )
     assert (open_weights(one.files.path).weights() == open_weights(other.files.path).weights()).all()
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_solvers_encode_a_dataset(tmp_path, kind):
+    folder, summary = encode_in_process(tiny_job(tmp_path / "run", f"optimizer.kind={kind}", "dataset.limit=6"))
+    assert summary.fields == 6
+    assert not folder.has_calibration
+    assert (open_weights(folder.files.path).to_arrow()["quality"].to_numpy() > 20).all()
+
+
+def test_a_system_that_is_too_large_is_refused_with_the_plan(tmp_path):
+    job = tiny_job(tmp_path / "run", "optimizer.kind=gauss_newton", "optimizer.largest_system=50")
+    with pytest.raises(CallerError, match=r"optimizer.kind=gauss_newton cannot be used: .* 64 x 64 for every field"):
+        make_plan(job)
 
 
 def test_fields_may_start_from_draws_of_their_own(tmp_path):

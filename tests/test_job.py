@@ -49,6 +49,19 @@ def test_the_jobs_that_ship_use_weight_scaling_and_esgd(path):
         ("fit.sampling=error", "fit.sampling=error chooses what a step takes, and fit.samples=full takes all"),
         ("fit.max_steps=75", "max_steps=75 is not a multiple of check_every=20; use max_steps=60 or 80"),
         ("optimizer.schedule=linear", "should be 'constant', 'cosine', 'exponential' or 'step', got 'linear'"),
+        (
+            "optimizer.kind=lbfgs optimizer.learning_rate=1",
+            "unknown key optimizer.learning_rate; accepted: kind, history",
+        ),
+        ("optimizer.kind=lbfgs optimizer.warmup=1", "unknown key optimizer.warmup; accepted: kind, history"),
+        (
+            "optimizer.kind=lbfgs fit.samples=16",
+            "takes all samples of a field at every step, and fit.samples is 16; use",
+        ),
+        ("optimizer.kind=kfac field.kind=hash_grid", "optimizer.kind=kfac cannot be used: it takes MLPs apart"),
+        ("optimizer.kind=spring signal.kind=occupancy", "optimizer.kind=spring cannot be used: it minimises the mean"),
+        ("optimizer.kind=lbfgs signal.kind=radiance", "its loss has to stay the same from step to step, and Radiance"),
+        ("optimizer.kind=spring optimizer.momentum=1", "momentum is at least 0 and below 1, got 1.0"),
         ("optimizer.update_every=7", "fit.check_every=20 is not a multiple of optimizer.update_every=7"),
         ("field.width=0", "width is above 0, got 0"),
         ("field.init=per_datum", "use field.init=shared or optimizer.curvature=per_field"),
@@ -60,7 +73,7 @@ def test_the_jobs_that_ship_use_weight_scaling_and_esgd(path):
 )
 def test_a_wrong_key_is_refused_with_what_is_accepted(tmp_path, override, message):
     with pytest.raises(CallerError) as error:
-        tiny_job(tmp_path, override)
+        tiny_job(tmp_path, *override.split(" "))
     assert message in str(error.value)
 
 

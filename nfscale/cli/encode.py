@@ -20,7 +20,7 @@ from nfscale.fields.activations import ACTIVATIONS
 from nfscale.fields.encodings import ENCODINGS
 from nfscale.fields.initializations import INITIALIZATIONS
 from nfscale.job import EncodeJob, load_job
-from nfscale.optim import OPTIMIZERS
+from nfscale.optim import METHODS
 from nfscale.review import make_report
 from nfscale.signals import SIGNALS
 from nfscale.store import RunFolder
@@ -70,7 +70,7 @@ def encode(
 
 def _names() -> str:
     """The words that a job may use where names are known, for the help."""
-    kinds = {"dataset": DATASETS, "signal": SIGNALS, "field": FIELDS, "optimizer": OPTIMIZERS}
+    kinds = {"dataset": DATASETS, "signal": SIGNALS, "field": FIELDS, "optimizer": METHODS}
     known = {f"{section}.kind": kinds_of for section, kinds_of in kinds.items()}
     known |= {"field.activation": ACTIVATIONS, "field.encoding": ENCODINGS, "field.initialization": INITIALIZATIONS}
     return "\n\n".join(f"{key}: {', '.join(names)}" for key, names in known.items())

@@ -8,7 +8,7 @@ from torch import Tensor
 from nfscale.errors import CallerError
 from nfscale.fields import Field, theta0_of
 from nfscale.job import EncodeJob
-from nfscale.optim import Optimizer
+from nfscale.optim import Optimizer, Solver
 from nfscale.rng import as_tensor, datum_seed
 from nfscale.signals import Samples, Signal
 
@@ -26,7 +26,7 @@ class Subject:
     row: Tensor
     """Where the field starts: [P]."""
 
-    def optimizer(self) -> Optimizer:
+    def optimizer(self) -> Optimizer | Solver:
         """The job's, for all samples in every step."""
         return self.job.build_optimizer(len(self.samples.values))
 

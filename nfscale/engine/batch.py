@@ -11,11 +11,12 @@ from torch import Tensor
 
 from nfscale.engine.calibrate import Calibration
 from nfscale.engine.dispatch import PLAIN, Step
+from nfscale.engine.problem import FieldProblem
 from nfscale.engine.sampling import Sampler, selected
 from nfscale.engine.step import training_samples
 from nfscale.fields import Field
 from nfscale.layout import Params
-from nfscale.optim import Extra, Optimizer
+from nfscale.optim import Extra, Optimizer, Solver
 from nfscale.optim.base import State
 from nfscale.rng import Stream, rademacher
 from nfscale.signals import Samples, Signal
@@ -54,7 +55,7 @@ class Batch:
         self,
         field: Field,
         signal: Signal,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Solver,
         sampler: Sampler,
         calibration: Calibration | None,
         rows: Tensor,
@@ -71,13 +72,23 @@ class Batch:
         self.best_rows = rows.clone()
         self.steps = torch.zeros(len(slots), dtype=torch.int64, device=rows.device)
         self.rate = torch.ones(len(slots), dtype=torch.float32, device=rows.device)
-        self.state = optimizer.init(self._params(rows))
+        self.state = self._begun(rows)
+
+    def _begun(self, rows: Tensor) -> State:
+        """The state of fields that have had no step."""
+        if isinstance(self.optimizer, Solver):
+            return self.optimizer.init(rows, self.field.layout)
+        return self.optimizer.init(self._params(rows))
 
     def _params(self, rows: Tensor) -> Params:
-        return {_ROWS: rows} if self.optimizer.elementwise else self.field.layout.unravel(rows)
+        return {_ROWS: rows} if self._by_rows else self.field.layout.unravel(rows)
 
     def _rows(self, params: Params) -> Tensor:
-        return params[_ROWS] if self.optimizer.elementwise else self.field.layout.ravel(params)
+        return params[_ROWS] if self._by_rows else self.field.layout.ravel(params)
+
+    @property
+    def _by_rows(self) -> bool:
+        return not isinstance(self.optimizer, Solver) and self.optimizer.elementwise
 
     @property
     def occupied(self) -> list[int]:
@@ -109,7 +120,7 @@ class Batch:
         )
 
     def advance(self, count: int) -> None:
-        """`count` steps of every slot; nothing here waits for the device."""
+        """`count` steps of every slot; nothing here waits for the device, but solvers do."""
         if self.step.advance is not None:
             self.step.advance(
                 self.field,
@@ -134,6 +145,12 @@ class Batch:
                 positions = self.sampler.positions(self.seeds, self.steps, min(_DRAWN_STEPS, count - index))
             drawn = None if positions is None else positions[:, place]
             part = training_samples(self.signal, self.presented, drawn, self.seeds, self.steps)
+            if isinstance(self.optimizer, Solver):
+                problem = FieldProblem(self.field, self.signal, part, self.step)
+                extra = Extra(self.steps, self.rate)
+                self.rows, self.state = self.optimizer.solve(problem, self.rows, self.state, extra)
+                self.steps += 1
+                continue
             hv, wanted, signs, comes_round = None, None, None, index % self._cadence == 0
             if "hv" in self.optimizer.needs and comes_round:
                 wanted = self.optimizer.wants_curvature(self.steps)
@@ -179,7 +196,7 @@ class Batch:
         self.best_rows[index] = row
         self.steps[index] = 0
         self.rate[index] = 0.5**slot.restarts
-        fresh = self.optimizer.init(self._params(self.rows[index : index + 1]))
+        fresh = self._begun(self.rows[index : index + 1])
         _assign(self.state, fresh, index)
 
     def keep(self, indices: list[int]) -> None:

@@ -23,7 +23,7 @@ from nfscale.engine import fused, fused_trial, handwritten, native
 from nfscale.engine.step import plain_apply, plain_gradient, plain_gradient_and_hvp
 from nfscale.engine.updates import knows
 from nfscale.fields import Field
-from nfscale.optim import Optimizer
+from nfscale.optim import Optimizer, Solver
 from nfscale.signals import Samples, Signal
 from nfscale.signals.base import Apply
 
@@ -50,7 +50,7 @@ class Step:
 PLAIN = Step("plain", plain_gradient, plain_apply)
 
 
-def chosen(name: StepName, device: torch.device, field: Field, signal: Signal, optimizer: Optimizer) -> Step:
+def chosen(name: StepName, device: torch.device, field: Field, signal: Signal, optimizer: Optimizer | Solver) -> Step:
     """The step of this name, or for "auto" the fastest that serves the combination.
 
     Raises:
@@ -70,7 +70,7 @@ def chosen(name: StepName, device: torch.device, field: Field, signal: Signal, o
 
 
 def _native(
-    device: torch.device, field: Field, signal: Signal, optimizer: Optimizer, by_itself: bool
+    device: torch.device, field: Field, signal: Signal, optimizer: Optimizer | Solver, by_itself: bool
 ) -> Step | str | None:
     if why := native.refusal(device, field, signal):
         return why
@@ -81,10 +81,12 @@ def _native(
 
 
 def _fused(
-    device: torch.device, field: Field, signal: Signal, optimizer: Optimizer, by_itself: bool
+    device: torch.device, field: Field, signal: Signal, optimizer: Optimizer | Solver, by_itself: bool
 ) -> Step | str | None:
     if by_itself and (device.type != "cuda" or not fused.suits(field)):
         return None
+    if by_itself and isinstance(optimizer, Solver):
+        return None  # a line search compares losses more finely than float16 products tell them apart
     if why := fused.refusal(device, field, signal):
         return why
     if why := fused.unavailable(device):
@@ -97,7 +99,7 @@ def _fused(
 
 
 def _torch(
-    device: torch.device, field: Field, signal: Signal, optimizer: Optimizer, by_itself: bool
+    device: torch.device, field: Field, signal: Signal, optimizer: Optimizer | Solver, by_itself: bool
 ) -> Step | str | None:
     if why := handwritten.refusal(device, field, signal):
         return why

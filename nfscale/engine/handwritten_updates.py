@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nfscale.engine.handwritten_passes import Passes
 from nfscale.layout import Params
-from nfscale.optim import ESGD, Adam, Optimizer
+from nfscale.optim import ESGD, Adam, Optimizer, Solver
 from nfscale.optim.base import State
 from nfscale.rng import Stream, signs, words
 
@@ -42,7 +42,7 @@ class Update(Protocol):
         ...
 
 
-def knows(optimizer: Optimizer) -> bool:
+def knows(optimizer: Optimizer | Solver) -> bool:
     """Whether there is an update of this optimiser here; a subclass may do something else."""
     return type(optimizer) in (Adam, ESGD)
 

@@ -19,11 +19,12 @@ from nfscale.engine.batch import MINIMUM_SLOTS, Batch, Slot
 from nfscale.engine.calibrate import Calibration
 from nfscale.engine.dispatch import Step, StepName, chosen
 from nfscale.engine.memory import batch_slots, estimated_field_bytes, is_out_of_memory, measured_field_bytes
+from nfscale.engine.problem import unsolvable
 from nfscale.engine.result import Fitted, Result, Stop
 from nfscale.engine.sampling import Sampler, Sampling
 from nfscale.engine.step import evaluate, stack_samples
 from nfscale.fields import Field, theta0_of
-from nfscale.optim import Optimizer
+from nfscale.optim import Optimizer, Solver
 from nfscale.rng import as_tensor, datum_seed
 from nfscale.signals import Samples, Signal
 from nfscale.signals.base import Kind
@@ -60,7 +61,7 @@ def fit(
     signal: Signal,
     data: Iterable[tuple[str, Samples]],
     *,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Solver,
     stop: Stop,
     seed: int,
     init: Literal["shared", "per_datum"] | Tensor = "shared",
@@ -93,9 +94,11 @@ def fit(
 
     Raises:
         ValueError: if the optimiser needs a calibration and none is given, the step cannot serve what it is given,
-            or a number is out of its range.
+            a solver cannot (for the sizes of the data, once they are read), or a number is out of its range.
     """
     _refuse_bad(optimizer, stop, samples, sampling, batch)
+    if isinstance(optimizer, Solver):
+        _refuse_unsolvable(optimizer, field, signal, samples)
     if "diagonal" in optimizer.needs and calibration is None:
         raise ValueError("this optimiser uses curvature that fields share; pass calibration=nfscale.calibrate(...)")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -119,8 +122,16 @@ def fit(
     return loop.run_all(_Queue(data))
 
 
+def _refuse_unsolvable(solver: Solver, field: Field, signal: Signal, samples: int | Literal["full"]) -> None:
+    name = type(solver).__name__
+    if solver.full_batch and samples != "full":
+        raise ValueError(f"{name} takes all samples at every step, got samples={samples}; use samples='full'")
+    if why := unsolvable(solver, field, signal):
+        raise ValueError(f"{name} cannot fit this: {why}")
+
+
 def _refuse_bad(
-    optimizer: Optimizer,
+    optimizer: Optimizer | Solver,
     stop: Stop,
     samples: int | Literal["full"],
     sampling: Sampling,
@@ -197,7 +208,7 @@ class _Queue:
 class _Loop:
     field: Field
     signal: Signal
-    optimizer: Optimizer
+    optimizer: Optimizer | Solver
     stop: Stop
     seed: int
     theta0: Tensor | None
@@ -223,6 +234,10 @@ class _Loop:
         sampler = Sampler(available, available if self.samples == "full" else self.samples, self.sampling)
         if sampler.selects and kind.check is not None:
             raise ValueError(SELECTS_WITHOUT_CHECK)
+        if isinstance(self.optimizer, Solver):
+            residuals = min(sampler.per_step, available) * self.signal.channels
+            if why := self.optimizer.too_large(self.field.layout.size, residuals):
+                raise ValueError(f"{type(self.optimizer).__name__} cannot fit this: {why}")
         capacity = self.capacities.get(kind) or self._capacity(queue.next_of(kind), sampler)
         self.capacities[kind] = capacity
         batch = self._new_batch(queue, kind, sampler, capacity)

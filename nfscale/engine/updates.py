@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nfscale.layout import Params
-from nfscale.optim import ESGD, Adam, Optimizer
+from nfscale.optim import ESGD, Adam, Optimizer, Solver
 from nfscale.optim.base import State
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Updates:
     update_every: int = 1
 
 
-def knows(optimizer: Optimizer, with_probes: bool = False) -> bool:
+def knows(optimizer: Optimizer | Solver, with_probes: bool = False) -> bool:
     """Whether there are `Updates` of this optimiser; a subclass may do something else.
 
     Args:

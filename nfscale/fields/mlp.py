@@ -178,12 +178,16 @@ class MLP:
         *_, (values, _) = self.layers(params, coordinates)
         return values
 
+    def encoded(self, coordinates: Tensor) -> Tensor:
+        """What goes into the first layer: [F|1, N, D] -> [F|1, N, W]."""
+        return self._encoding.apply(coordinates)
+
     def layers(self, params: Params, coordinates: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """What goes into each layer's activation and what comes out, [F, N, W] (of complex fields twice as wide); at
         last the values [F, N, C], twice."""
         activation = ACTIVATIONS[self.activation]
         fields = next(iter(params.values())).shape[0]
-        hidden = self._encoding.apply(coordinates).expand(fields, -1, -1)
+        hidden = self.encoded(coordinates).expand(fields, -1, -1)
         for index in range(self.depth + 1):
             weight, bias = params[f"layers.{index}.weight"], params[f"layers.{index}.bias"]
             matrix = _as_real(weight, index == self.depth) if activation.is_complex and index else weight.flatten(1, -2)

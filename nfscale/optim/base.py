@@ -12,7 +12,7 @@ from nfscale.optim.schedules import Schedule
 State = dict[str, Any]
 """What an optimiser remembers: tensors [F, ...] and dicts of them, so that slots can be picked by index."""
 
-Need = Literal["hv", "diagonal", "cadence"]
+Need = Literal["hv", "diagonal", "cadence", "layer_io"]
 """What the loop provides beside gradients; "cadence": it says in `Extra.refresh` when `update_every` comes round."""
 
 

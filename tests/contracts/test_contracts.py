@@ -5,21 +5,24 @@ A new variant is tested by being listed; a new signal adds an example datum to `
 
 import dataclasses
 from dataclasses import replace
+from functools import cached_property
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
 
-from nfscale.fields import FIELDS
+from nfscale.engine.dispatch import PLAIN
+from nfscale.engine.problem import FieldProblem
+from nfscale.fields import FIELDS, MLP
 from nfscale.fields.activations import ACTIVATIONS
 from nfscale.fields.encodings import ENCODINGS
 from nfscale.fields.initializations import INITIALIZATIONS
 from nfscale.layout import Layout, Params
 from nfscale.media.render import orbit_pose
-from nfscale.optim import OPTIMIZERS, SCHEDULES, Extra, Regularized, Schedule
+from nfscale.optim import METHODS, OPTIMIZERS, SCHEDULES, SOLVERS, Extra, Optimizer, Regularized, Schedule, Solver
 from nfscale.rng import as_tensor, datum_seed
-from nfscale.signals import SIGNALS, Grid, Samples, Scene, Sound
+from nfscale.signals import SIGNALS, Grid, Image, Samples, Scene, Sound
 from nfscale.signals.base import Pointwise
 
 SEEDS = as_tensor([datum_seed(0, f"datum-{index}") for index in range(3)])
@@ -577,3 +580,131 @@ def test_warm_up_never_starts_at_zero_and_ends_at_one(kind):
     assert factor[0] > 0
     assert (factor[:10].diff() > 0).all()
     assert factor[9] == factor[10] == 1
+
+
+# Solvers
+
+SOLVED = MLP(2, CHANNELS, width=8, depth=2, omega_0=10.0, omega_hidden=10.0)
+
+
+def solver_of(kind: str):
+    """With its defaults; one that has a learning rate gets it automatically."""
+    cls = SOLVERS[kind]
+    if not hasattr(cls, "auto_learning_rate"):
+        return cls()
+    return cls(cls.auto_learning_rate(8, 1.5, 30), Schedule("constant"))
+
+
+def problem_of(index: slice | list[int] = slice(None)) -> FieldProblem:
+    """The fits of the example images."""
+    signal = Image(CHANNELS)
+    return FieldProblem(SOLVED, signal, batch_of(signal, DATA["image"]).map(lambda tensor: tensor[index]), PLAIN)
+
+
+def started(rows: int = 3) -> torch.Tensor:
+    return SOLVED.layout.ravel(SOLVED.init(SEEDS))[:rows]
+
+
+def solved(solver, problem: FieldProblem, rows: torch.Tensor, rate: torch.Tensor | None = None, count: int = 6):
+    """Rows and losses after every one of `count` steps, and the last state."""
+    state, history = solver.init(rows, SOLVED.layout), [(rows, problem.losses(rows))]
+    rate = torch.ones(len(rows)) if rate is None else rate
+    for number in range(count):
+        steps = torch.full((len(rows),), number)
+        rows, state = solver.solve(problem, rows, state, Extra(steps, rate))
+        history.append((rows, problem.losses(rows)))
+    return history, state
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_solvers_are_told_apart_from_optimisers(kind):
+    assert isinstance(solver_of(kind), Solver)
+    assert not hasattr(Optimizer, "solve")
+    assert METHODS[kind] is SOLVERS[kind]
+    assert solver_of(kind).needs <= {"layer_io"}
+    assert not any(isinstance(optimizer_of(other, {}), Solver) for other in OPTIMIZERS)
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_a_solvers_state_has_the_field_axis_first_and_keeps_its_shapes(kind):
+    solver, rows = solver_of(kind), started()
+    first = tensors_of(solver.init(rows, SOLVED.layout))
+    assert all(leaf.shape[0] == 3 for leaf in first)
+    last = tensors_of(solved(solver, problem_of(), rows)[1])
+    assert [(leaf.shape, leaf.dtype) for leaf in last] == [(leaf.shape, leaf.dtype) for leaf in first]
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_a_solver_leaves_the_rows_it_was_given_and_lowers_the_losses(kind):
+    rows = started()
+    before = rows.clone()
+    history, _ = solved(solver_of(kind), problem_of(), rows)
+    assert torch.equal(rows, before)
+    losses = torch.stack([losses for _, losses in history])
+    assert (losses[-1] < losses[0]).all()
+    if solver_of(kind).full_batch:
+        assert (losses[-1] < 0.3 * losses[0]).all()
+        assert (losses.diff(dim=0) <= 1e-5 * losses[:-1]).all()
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_a_field_alone_is_solved_as_among_three(kind):
+    """To rounding: the first steps of the matrix library take another path for a single matrix."""
+    together, _ = solved(solver_of(kind), problem_of(), started(), count=3)
+    for index in range(3):
+        own = slice(index, index + 1)
+        alone, _ = solved(solver_of(kind), problem_of(own), started()[own], count=3)
+        for (_, ours), (_, theirs) in zip(alone, together, strict=True):
+            torch.testing.assert_close(ours, theirs[own], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_neighbours_that_are_lost_change_nothing_bit_for_bit(kind):
+    """A field that is not finite is not lost on the others; it is left to the loop, and nothing raises."""
+    healthy, _ = solved(solver_of(kind), problem_of(), started())
+    broken = started().clone()
+    broken[1] = torch.nan
+    beside, _ = solved(solver_of(kind), problem_of(), broken)
+    for (ours, _), (theirs, _) in zip(beside, healthy, strict=True):
+        assert torch.equal(ours[[0, 2]], theirs[[0, 2]])
+
+
+class Watched(FieldProblem):
+    """Remembers the first rows, other than those it started from, at which it was asked for the losses."""
+
+    @cached_property
+    def tried(self) -> list[torch.Tensor]:
+        return []
+
+    def gradient(self, rows, fields=None):
+        self._see(rows)
+        return super().gradient(rows, fields)
+
+    def losses(self, rows):
+        self._see(rows)
+        return super().losses(rows)
+
+    def _see(self, rows: torch.Tensor) -> None:
+        if not torch.equal(rows, started()):
+            self.tried.append(rows)
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_a_field_that_was_restarted_is_first_tried_nearer_to_its_start(kind):
+    solver, first = solver_of(kind), []
+    for rate in (torch.ones(3), torch.tensor([1.0, 0.5, 0.125])):
+        problem = Watched(**vars(problem_of()))
+        extra = Extra(torch.zeros(3).long(), rate)
+        moved, _ = solver.solve(problem, started(), solver.init(started(), SOLVED.layout), extra)
+        first.append(problem.tried[0] if problem.tried else moved)
+    whole, careful = ((rows - started()).square().sum(dim=1).sqrt() for rows in first)
+    assert torch.equal(first[0][0], first[1][0])
+    assert (careful[1:] < whole[1:]).all()
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_a_solver_says_what_is_too_large_for_it_or_that_nothing_is(kind):
+    solver = solver_of(kind)
+    assert solver.too_large(100, 50) is None
+    why = solver.too_large(10**6, 10**6)
+    assert why is None or "1,000,000 x 1,000,000" in why
