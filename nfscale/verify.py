@@ -18,10 +18,21 @@ from nfscale.store.run_folder import Commit, RunFolder
 from nfscale.store.schema import FAILED_STATUSES, restored
 from nfscale.store.table import as_matrix
 
+_ROUNDING_DB = 100.0
+"""Above it an error is a hundred thousandth of the range, which is what float32 leaves of a forward of hundreds of
+products: two ways to evaluate the same weights differ by decibels, and qualities count as equal."""
+
 
 def tolerance_of(quality_name: str) -> float:
     """Largest difference between the quality recorded and the quality measured again, in the quality's unit."""
     return 0.05 if quality_name.endswith("_db") else 0.001
+
+
+def _difference(recorded: float, measured: float, quality_name: str) -> float:
+    """Of two qualities, in their unit; NaN where one of them is."""
+    if quality_name.endswith("_db") and min(recorded, measured) >= _ROUNDING_DB:
+        return 0.0
+    return abs(measured - recorded)
 
 
 @dataclass
@@ -114,7 +125,7 @@ def _measure(run: OpenRun, commit: Commit, found: Verification) -> None:
         )
         for (datum_id, _, recorded, _), measured in zip(group, quality.tolist(), strict=True):
             found.decoded += 1
-            difference = abs(measured - recorded)
+            difference = _difference(recorded, measured, run.plan.quality_name)
             found.largest_difference = max(found.largest_difference, difference)
             if not difference <= found.tolerance:
                 found.mismatches.append(

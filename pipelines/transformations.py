@@ -20,7 +20,7 @@ from nfscale.datasets import DATASETS, seeded_sample
 from nfscale.engine.sampling import Sampling
 from nfscale.fields import MLP
 from nfscale.signals import Image, Samples
-from nfscale.signals.transforms import Name
+from nfscale.signals.transforms import TransformName
 from nfscale.track import log_folder
 from pipelines.weight_scaling import median, written
 
@@ -57,7 +57,7 @@ def transformations(count: int, steps: int) -> list[str]:
     """A row of each transformation and weight scale, at the rate that needs fewest steps to 50 dB, or ends highest."""
     lines = ["| transform | weight_scale | rate | dB | steps to 30/40/50 dB |", "|---|---|---|---|---|"]
     plain = Image(channels=1, convert="grey", resize=[64, 64])
-    for name in get_args(Name):
+    for name in get_args(TransformName):
         signal = replace(plain, transform=name)
         if name == "standardization":
             values = [float(v) for _, one in photographs(plain, count, None) for v in (one.values + 0.5).flatten()]

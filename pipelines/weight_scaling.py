@@ -1,7 +1,7 @@
 """Weight scaling beside its rivals, at the paper's protocol and with learning rates of their own.
 
     python -m pipelines.weight_scaling --small        # ten minutes on two cores
-    python -m pipelines.weight_scaling                # all photographs, all rates: hours on a CPU, a job for a GPU
+    python -m pipelines.weight_scaling                # ten photographs of 512 x 512 at width 512, all rates: for a GPU
 
 Yeom, Lee & Lee, "Fast Training of Sinusoidal Neural Fields via Scaling Initialization" (ICLR 2025) compare ten kinds of
 fields at one learning rate (Adam, 1e-4, constant, full batch). This repeats that comparison, gives every method its own
@@ -287,7 +287,8 @@ def at_the_papers_rate(report: Report, task: Task, few: Task, small: bool) -> di
         pyplot.plot(steps, quality, label=method, linewidth=width, color=pyplot.get_cmap("tab20")(index))
     pyplot.xlabel("steps, Adam 1e-4, full batch")
     pyplot.ylabel("PSNR (dB)")
-    pyplot.title(f"{task.data[0][0].split('/')[0]}, 64 x 64 grey, width {task.width}")
+    pixels = len(task.data[0][1].values)
+    pyplot.title(f"{task.data[0][0].split('/')[0]}, {pixels:,} grey pixels, width {task.width}")
     pyplot.ylim(5, 60)
     pyplot.legend(fontsize=7)
     pyplot.savefig(report.folder / "curves.png", dpi=130, bbox_inches="tight")
@@ -418,7 +419,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen.output.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     report = Report(chosen.output, [], ["# Weight scaling and its rivals", ""])
-    whole = photographs(6 if chosen.small else 10, 64)
+    whole = photographs(6, 64) if chosen.small else replace(photographs(10, 512), width=512)
     few = replace(whole, data=whole.data[:2]) if chosen.small else whole
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, into {chosen.output}", flush=True)
     paper = at_the_papers_rate(report, whole, few, chosen.small)

@@ -18,7 +18,7 @@ from nfscale.signals import Image
 from nfscale.store import open_weights
 from nfscale.store.run_folder import Commit, Shard
 from nfscale.store.schema import write_parquet
-from nfscale.verify import verify
+from nfscale.verify import _difference, verify
 from tests.jobs import Recorder, encode_in_process, tiny_job
 
 
@@ -216,6 +216,19 @@ def test_verify_measures_what_was_recorded(tmp_path):
     found = verify(folder)
     assert (found.files, found.rows, found.decoded, found.mismatches) == (3, 48, 48, [])
     assert found.largest_difference < 1e-3
+
+
+def test_verify_lets_float32_round_what_is_represented_to_its_last_bits(tmp_path):
+    """Two evaluations of a field at 130 dB differ by decibels; at 99 dB they may not."""
+    keys = {"kind": "adam", "learning_rate": 2e-3}
+    job = tiny_job(tmp_path, "fit.max_steps=600", "fit.check_every=100", "field.width=32", optimizer=keys)
+    folder, _ = encode_in_process(job)
+    recorded = np.array(open_weights(tmp_path).to_arrow(columns=["quality"])["quality"].to_pylist())
+    assert recorded.min() > 100, "fits so good are what this is about"
+    assert verify(folder).mismatches == []
+    assert _difference(99.0, 101.0, "psnr_db") == 2.0
+    assert _difference(131.0, 154.0, "psnr_db") == 0.0
+    assert _difference(0.99, 0.5, "iou") == pytest.approx(0.49)
 
 
 def test_verify_names_a_flipped_byte(tmp_path):

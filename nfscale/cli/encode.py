@@ -5,7 +5,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from rich.console import Console
@@ -14,6 +14,7 @@ from nfscale.cli.common import JsonOption, percentages, warn, write_json
 from nfscale.cli.progress import ProgressDisplay
 from nfscale.datasets import DATASETS
 from nfscale.driver import InProcessPool, Pool, Summary, Termination, open_run, serve, totals
+from nfscale.engine.sampling import Sampling
 from nfscale.errors import ExitCode, NfscaleError
 from nfscale.fields import FIELDS
 from nfscale.fields.activations import ACTIVATIONS
@@ -23,6 +24,7 @@ from nfscale.job import EncodeJob, load_job
 from nfscale.optim import METHODS
 from nfscale.review import make_report
 from nfscale.signals import SIGNALS
+from nfscale.signals.transforms import TransformName
 from nfscale.store import RunFolder
 from nfscale.store.ipc import write_ipc_copy
 from nfscale.store.run_folder import IPC_COPY, Plan
@@ -73,6 +75,7 @@ def _names() -> str:
     kinds = {"dataset": DATASETS, "signal": SIGNALS, "field": FIELDS, "optimizer": METHODS}
     known = {f"{section}.kind": kinds_of for section, kinds_of in kinds.items()}
     known |= {"field.activation": ACTIVATIONS, "field.encoding": ENCODINGS, "field.initialization": INITIALIZATIONS}
+    known |= {"signal.transform": get_args(TransformName), "fit.sampling": get_args(Sampling)}
     return "\n\n".join(f"{key}: {', '.join(names)}" for key, names in known.items())
 
 

@@ -22,7 +22,7 @@ from nfscale.signals.base import (
     require_decodable,
     spectral_centroid,
 )
-from nfscale.signals.transforms import PLACES, Name, Values, inverse_order_of, order_of, values_of
+from nfscale.signals.transforms import PLACES, TransformName, Values, inverse_order_of, order_of, values_of
 
 _SIZES_KEPT = 8  # whose coordinates and orders are remembered: few, since those of a large image take its size over
 
@@ -44,7 +44,7 @@ class Image(Pointwise):
     """[height, width] that every image is brought to (bilinear, antialiased) instead of keeping its own."""
     holdout: int | None = None
     """k >= 2: pixels whose row + column is a multiple of k are held back, and measured as `quality_heldout`."""
-    transform: Name = "none"
+    transform: TransformName = "none"
     """Of values or places before the fit, undone after it, see `nfscale.signals.transforms`. Moved pixels have nothing
     between them: zigzag and permutation decode at the size of the fit alone."""
     value_mean: float | None = None
@@ -52,8 +52,8 @@ class Image(Pointwise):
     value_deviation: float | None = None
 
     def __post_init__(self) -> None:
-        if self.transform not in get_args(Name):
-            raise ValueError(f"unknown transform {self.transform!r}; known: {', '.join(get_args(Name))}")
+        if self.transform not in get_args(TransformName):
+            raise ValueError(f"unknown transform {self.transform!r}; known: {', '.join(get_args(TransformName))}")
         if self.value_deviation is not None and self.value_deviation <= 0:
             raise ValueError(f"signal.value_deviation is above 0, got {self.value_deviation}")
         if self.resize is not None and (len(self.resize) != 2 or min(self.resize) < 1):

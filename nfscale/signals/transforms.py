@@ -21,7 +21,7 @@ preconditioned steps throw them off."""
 
 _SIZES_KEPT = 8  # whose orders are remembered: few, since those of a large image take its size over
 
-Name = Literal[
+TransformName = Literal[
     "none",
     "uncentred",
     "scaled_half",

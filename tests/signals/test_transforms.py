@@ -9,11 +9,11 @@ import torch
 from nfscale import MLP, Adam, Schedule, Stop, fit
 from nfscale.errors import CallerError
 from nfscale.signals import Image
-from nfscale.signals.transforms import PLACES, VALUES, Name, order_of
+from nfscale.signals.transforms import PLACES, VALUES, TransformName, order_of
 from tests.jobs import tiny_job
 from tests.signals.test_image import full_range, in_row_order
 
-NAMES = get_args(Name)
+NAMES = get_args(TransformName)
 IMAGE = full_range((6, 5, 2), "uint8")
 
 
