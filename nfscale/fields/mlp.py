@@ -122,10 +122,11 @@ class MLP:
         beyond, which is faster and invents detail between the samples. Never below 1, which is SIREN, nor above 1.5,
         beyond which fields of sounds, maps and meshes fit worse in as many steps.
 
-        Evidence: `python -m pipelines.weight_scale_rule` (table in pipelines/benchmarks/RESULTS.md), whole photographs
-        with every second pixel held back. Where 69 samples lie along an axis, the scale of "interpolate" loses at most
-        0.6 dB of what was held back, where 35 do at most 1.5 (of a scale of 1.1, above the rule's 1.04). Width made
-        little difference; other modalities were not measured.
+        Evidence: `python -m pipelines.weight_scale_rule` and `python -m pipelines.weight_scaling --small` (tables in
+        pipelines/benchmarks/RESULTS.md). On whole photographs with every second pixel held back, the scale of
+        "interpolate" loses at most 1 dB of what was held back where 69 samples lie along an axis, and 1.5 where 35 do
+        (of a scale of 1.1, above the rule's 1.04); on words 1.6 dB, on maps and meshes nothing. Width made little
+        difference.
         """
         wanted = (2.0 if objective == "fit" else 1.0) * samples_per_axis / omega_0
         return min(max(1.0, wanted) ** (1 / depth), _LARGEST_AUTOMATIC)

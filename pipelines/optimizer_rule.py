@@ -1,0 +1,322 @@
+"""Which optimiser reaches a quality in the fewest device-seconds: the measurements behind `optimizer.kind: auto`.
+
+    python -m pipelines.optimizer_rule                    # a quarter of an hour on one core
+    python -m pipelines.optimizer_rule --tasks photos     # and the leads that were followed there
+
+The photographs, words and meshes of the shipped jobs, with their fields, samples per step and initialization, on data
+drawn anew. Every method has several rates and several lengths of its cosine schedule; of these the one that reaches a
+level soonest counts, by the median field. Solvers and one Adam take all samples in every step. Leads (`LEADS`) are
+fitted through a change of coordinates, whose step is autograd's: their steps are told, not their seconds.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import nfscale
+from nfscale.datasets import seeded_sample
+from nfscale.engine import calibrate
+from nfscale.engine.dispatch import chosen
+from nfscale.engine.problem import FieldProblem
+from nfscale.engine.step import stack_samples
+from nfscale.fields import Field, theta0_of
+from nfscale.job import load_job
+from nfscale.layout import Layout, Params
+from nfscale.optim import ESGD, KFAC, LBFGS, METHODS, SOAP, Adam, Muon, Schedule
+from nfscale.rng import Stream, as_tensor, datum_seed, rademacher
+from nfscale.signals import Samples
+from nfscale.track import log_folder
+from pipelines.weight_scaling import median, written
+
+CPU = torch.device("cpu")
+JOBS = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is fitted, and to what quality."""
+
+    name: str
+    field: Any
+    signal: Any
+    data: list[tuple[str, Samples]]
+    calibration: list[tuple[str, Samples]]
+    samples: int
+    rate: float
+    """Of ESGD in the job."""
+    budgets: tuple[int, ...]
+    levels: tuple[float, float]
+
+
+TASKS: dict[str, tuple[tuple[int, ...], tuple[float, float]]] = {
+    "photos": ((150, 200, 300, 400), (35.0, 40.0)),
+    "speech": ((500, 1000), (25.0, 32.0)),
+    "shapes": ((300, 600), (0.95, 0.98)),
+}
+"""Lengths of schedules and levels, by job."""
+
+
+def task_of(name: str, count: int) -> Task:
+    """The task of a job file, on a sample of its data that the job does not draw."""
+    overrides = ["dataset.tile=64"] if name == "photos" else []
+    job = load_job(JOBS / f"{name}.yaml", overrides)
+    dataset = job.dataset.opener(job.signal.kind).open()
+    drawn = seeded_sample(dataset.ids, count + 16, 1, "optimizer rule")
+    contents = [(dataset.ids[n], dataset.read(n).content) for n in drawn]
+    signal = job.build_signal([content for _, content in contents[:8]])
+    data = [(datum_id, signal.samples(content)) for datum_id, content in contents]
+    field = job.build_field(signal.dimensions, signal.channels)
+    esgd = job.build_optimizer(job.fit.samples)
+    kind = data[0][1].kind  # calibrations take data of one kind
+    calibration = [datum for datum in data[count:] if datum[1].kind == kind]
+    return Task(name, field, signal, data[:count], calibration, job.fit.samples, esgd.learning_rate, *TASKS[name])
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of a method at one rate and budget: medians over the fields."""
+
+    rate: float
+    budget: int
+    quality: float
+    steps: tuple[float, float]
+    """To the levels, infinite where most fields do not reach one."""
+    seconds: tuple[float, float]
+
+
+def fitted(task: Task, optimizer: Any, budget: int, samples: int | str, rate: float, **how: Any) -> Found:
+    """One fit of all data."""
+    every = 1 if samples == "full" and budget <= 100 else 10
+    stop = nfscale.Stop(budget, check_every=every, max_restarts=0)
+    field = how.pop("field", task.field)
+    started = time.perf_counter()
+    fits = list(
+        nfscale.fit(
+            field, task.signal, task.data, optimizer=optimizer, stop=stop, seed=0, samples=samples,
+            clock=time.perf_counter, **how,
+        )
+    )  # fmt: skip
+    print(f"  {time.perf_counter() - started:.1f} s", end="", flush=True)
+    steps = tuple(median(_reached(one, level) for one in fits) for level in task.levels)
+    per_step = median(one.wall_seconds / one.steps for one in fits)
+    seconds = tuple(per_step * count for count in steps)
+    return Found(rate, budget, median(one.quality for one in fits), steps, seconds)  # type: ignore[arg-type]
+
+
+def _reached(one: Any, level: float) -> float:
+    history = zip(one.history_step, one.history_quality, strict=True)
+    return next((float(step) for step, quality in history if quality >= level), math.inf)
+
+
+def methods(task: Task) -> Iterator[tuple[str, list[Found]]]:
+    """Every method with what its rates and budgets found."""
+    scale = task.field.weight_scale
+    common = {"width": task.field.width, "weight_scale": scale, "samples": task.samples}
+    for name, kind, factors in (
+        ("adam", Adam, (0.5, 1.0, 2.0)),
+        ("muon", Muon, (0.5, 1.0)),
+        ("soap", SOAP, (0.5, 1.0)),
+    ):
+        yield (
+            name,
+            [
+                fitted(task, kind(rate, Schedule("cosine", budget)), budget, task.samples, rate)
+                for rate in (factor * kind.auto_learning_rate(**common) for factor in factors)
+                for budget in task.budgets
+            ],
+        )
+    yield "esgd, shared", [_esgd(task, factor * task.rate, budget) for factor in (0.5, 1.0) for budget in task.budgets]
+    if task.name == "photos":
+        longest = 100
+        yield (
+            "adam, all samples",
+            [
+                fitted(task, Adam(rate, Schedule("cosine", budget)), budget, "full", rate)
+                for rate in (1e-3, 2e-3, 3e-3)
+                for budget in (60, longest)
+            ],
+        )
+        yield (
+            "muon, all samples",
+            [
+                fitted(task, Muon(rate, Schedule("cosine", b)), b, "full", rate)
+                for rate in (2e-3, 4e-3)
+                for b in (40, 60)
+            ],
+        )
+        yield "lbfgs, all samples", [fitted(task, LBFGS(), 60, "full", 0.0)]
+        yield "kfac, all samples", [fitted(task, KFAC(), 30, "full", 0.0)]
+
+
+def _esgd(task: Task, rate: float, budget: int, field: Any = None, row: Tensor | None = None) -> Found:
+    optimizer = ESGD(rate, Schedule("cosine", budget, warmup=40))
+    stop = nfscale.Stop(budget, check_every=10)
+    field = field or task.field
+    start = theta0_of(task.field, 0) if row is None else row
+    common = {"optimizer": optimizer, "seed": 0, "samples": task.samples}
+    shared = calibrate(field, task.signal, task.calibration, stop=stop, theta0=start, **common)  # type: ignore[arg-type]
+    return fitted(task, optimizer, budget, task.samples, rate, field=field, init=start, calibration=shared)
+
+
+# --- leads
+
+
+@dataclass(frozen=True)
+class Recast:
+    """A field whose params are those of another in other coordinates, which its data share."""
+
+    field: Any
+    original: Callable[[Params], Params]
+    """From the new coordinates to the field's own."""
+
+    @property
+    def layout(self) -> Layout:
+        return self.field.layout
+
+    @property
+    def width(self) -> int:
+        return self.field.width
+
+    def init(self, seeds: Tensor) -> Params:
+        raise NotImplementedError("a recast field starts from a given row")
+
+    def apply(self, params: Params, coordinates: Tensor) -> Tensor:
+        return self.field.apply(self.original(params), coordinates)
+
+    def forward_description(self) -> dict[str, Any]:
+        return {"kind": "recast", "keys": {}, "field": self.field.forward_description()}
+
+
+def in_kronecker_basis(task: Task) -> tuple[Field, Tensor]:
+    """Coordinates in the eigenvectors of the Kronecker factors of the Gauss-Newton matrix at theta0, pooled over data.
+
+    E[h h^T] of what goes into a layer and E[d d^T] of what comes back (Martens & Grosse, ICML 2015; George et al.,
+    "Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis", NeurIPS 2018).
+    """
+    row = theta0_of(task.field, 0)
+    some = stack_samples([part.map(lambda t: t[::4]) for _, part in task.calibration[:8]], CPU)
+    step = chosen("plain", CPU, task.field, task.signal, Adam(1e-3, Schedule()))
+    known = FieldProblem(task.field, task.signal, some, step).linearization(row.expand(len(some.values), -1))
+    right = [torch.einsum("fni,fnj->ij", hidden, hidden) for hidden in known.inputs]
+    left = [torch.einsum("fnco,fncp->op", delta, delta) for delta in known.deltas]
+    bases = [
+        tuple(torch.linalg.eigh(side.double())[1].float() for side in pair) for pair in zip(left, right, strict=True)
+    ]
+
+    def turned(params: Params, back: bool) -> Params:
+        result = {}
+        for name, tensor in params.items():
+            out, into = (side.mT if back else side for side in bases[int(name.split(".")[1])])
+            result[name] = out @ tensor @ into.mT if name.endswith("weight") else tensor @ out.mT
+        return result
+
+    layout = task.field.layout
+    return Recast(task.field, partial(turned, back=False)), layout.ravel(turned(layout.unravel(row[None]), True))[0]
+
+
+def in_equilibrated_coordinates(task: Task) -> tuple[Field, Tensor]:
+    """Coordinates in which the shared equilibrated diagonal at theta0 is 1, from 4 probes of each datum."""
+    row, layout = theta0_of(task.field, 0), task.field.layout
+    together = stack_samples([part for _, part in task.calibration], CPU)
+    seeds = as_tensor([datum_seed(0, datum_id) for datum_id, _ in task.calibration])
+    step = chosen("auto", CPU, task.field, task.signal, Adam(1e-3, Schedule()))
+    rows, square = row.repeat(len(seeds), 1), torch.zeros(layout.size)
+    for probe in range(4):
+        signs = rademacher(seeds, Stream.PROBE, probe, layout.size)
+        square += step.gradient_and_hvp(task.field, task.signal, rows, together, signs)[2].square().mean(dim=0)
+    diagonal = (square / 4).sqrt()
+    root = (diagonal + 0.01 * diagonal.mean()).sqrt()[None]
+    scale = layout.unravel(root)
+    return Recast(task.field, lambda params: {n: p / scale[n] for n, p in params.items()}), row * root[0]
+
+
+def _lead_of_adam(task: Task, rate: float) -> list[Found]:
+    field, row = in_kronecker_basis(task)
+    return [
+        fitted(task, Adam(r, Schedule("cosine", b)), b, task.samples, r, field=field, init=row)
+        for r in (rate / 2, rate)
+        for b in task.budgets[-2:]
+    ]
+
+
+def _lead_of_esgd(task: Task, rate: float) -> list[Found]:
+    field, row = in_kronecker_basis(task)
+    return [_esgd(task, r, b, field, row) for r in (rate / 2, rate) for b in task.budgets[-2:]]
+
+
+def _lead_of_lbfgs(task: Task, rate: float) -> list[Found]:
+    field, row = in_equilibrated_coordinates(task)
+    return [fitted(task, LBFGS(), 60, "full", 0.0, field=field, init=row)]
+
+
+LEADS: dict[str, Callable[[Task, float], list[Found]]] = {
+    "adam in the shared Kronecker basis": _lead_of_adam,
+    "esgd, shared, in the Kronecker basis": _lead_of_esgd,
+    "lbfgs, all samples, from the equilibrated diagonal": _lead_of_lbfgs,
+}
+"""What was tried to make shared curvature pay, on photographs."""
+
+
+# --- the table
+
+
+def best(found: list[Found], level: int, by_seconds: bool = True) -> Found:
+    """The rate and budget that reach a level soonest; where none does, the highest quality."""
+    return min(found, key=lambda f: ((f.seconds if by_seconds else f.steps)[level], -f.quality))
+
+
+def rows_of(task: Task, name: str, found: list[Found], in_seconds: bool = True) -> str:
+    """A row of the table."""
+    cells = []
+    for level in (0, 1):
+        one = best(found, level, in_seconds)
+        seconds = f", {1e3 * one.seconds[level]:.0f} ms" if in_seconds and math.isfinite(one.seconds[level]) else ""
+        cells.append(f"{written(one.steps[level], '.0f')}{seconds}")
+    highest = max(found, key=lambda f: f.quality)
+    return f"| {task.name} | {name} | {cells[0]} | {cells[1]} | {highest.quality:.4g} in {highest.budget} |"
+
+
+def compared(task: Task) -> Iterator[str]:
+    """Rows of a task."""
+    for name, found in methods(task):
+        yield rows_of(task, name, found)
+    if task.name == "photos":
+        for name, lead in LEADS.items():
+            rate = Adam.auto_learning_rate(task.field.width, task.field.weight_scale, task.samples)
+            yield rows_of(task, name, lead(task, rate if "adam" in name else task.rate), in_seconds=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line, compare, write."""
+    assert METHODS.keys() >= {"adam", "muon", "soap", "esgd", "lbfgs", "kfac"}
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--fields", type=int, default=8)
+    parser.add_argument("--output", type=Path, default=Path("runs/optimizer_rule"))
+    chosen_ = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # as in a worker; small products of several threads wait for each other
+    lines = [
+        "| task | method | steps, ms a field to the first level | to the second | highest quality |",
+        "|---|---|---|---|---|",
+    ]
+    for name in chosen_.tasks:
+        for line in compared(task_of(name, chosen_.fields)):
+            lines.append(line)
+            print(f"\n{line}", flush=True)
+    chosen_.output.mkdir(parents=True, exist_ok=True)
+    (chosen_.output / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    if problem := log_folder(chosen_.output, "optimizer_rule", chosen_.output.name, {"fields": chosen_.fields}, {}):
+        print(f"warning: MLflow does not have this: {problem}")
+
+
+if __name__ == "__main__":
+    main()
