@@ -35,7 +35,7 @@ from nfscale.engine.sampling import Sampling
 from nfscale.errors import CallerError
 from nfscale.fields import FIELDS
 from nfscale.fields.initializations import NOISES
-from nfscale.optim import METHODS, SCHEDULES, SOLVERS, Regularized, Schedule, Solver
+from nfscale.optim import METHODS, OPTIMIZERS, SCHEDULES, Automatic, Regularized, Schedule, Solver, automatic_kind
 from nfscale.signals import SIGNALS, samples_per_axis
 from nfscale.store.schema import StoreDtype
 
@@ -161,7 +161,7 @@ def _union(base: type[_Section], kinds: dict[str, type]) -> Any:
         hints = get_type_hints(cls)
         has_rate = base is OptimizerSection and "learning_rate" in hints
         shared = base
-        if kind in SOLVERS:
+        if base is OptimizerSection and kind not in OPTIMIZERS:
             shared = RateSection if has_rate else _Section
         keys: dict[str, Any] = {"kind": (Literal[kind], kind)}
         for field in dataclasses.fields(cls):
@@ -181,8 +181,9 @@ def _union(base: type[_Section], kinds: dict[str, type]) -> Any:
 _DatasetKeys = _union(DatasetSection, DATASETS)
 _SignalKeys = _union(SignalSection, SIGNALS)
 _FieldKeys = _union(FieldSection, FIELDS)
-_OptimizerKeys = _union(OptimizerSection, METHODS)
-_KINDS = {"dataset": DATASETS, "signal": SIGNALS, "field": FIELDS, "optimizer": METHODS}
+_OPTIMIZERS: dict[str, type] = METHODS | {"auto": Automatic}
+_OptimizerKeys = _union(OptimizerSection, _OPTIMIZERS)
+_KINDS = {"dataset": DATASETS, "signal": SIGNALS, "field": FIELDS, "optimizer": _OPTIMIZERS}
 _POSSIBLE_CHANNELS = (1, 2, 3, 4)
 _DEFAULT_KIND = {"signal": "image", "field": "mlp", "optimizer": "esgd"}
 
@@ -288,10 +289,10 @@ class EncodeJob(_Section):
         return getattr(keys, "initialization", None) in NOISES and keys.spectral_centroid is None
 
     def settled(self, signal: Any, contents: Sequence[Any]) -> "EncodeJob":
-        """The job with what its field leaves open decided by these data.
+        """The job with what it leaves open decided by these data.
 
         `field.weight_scale: auto`, see `MLP.auto_weight_scale`; the spectral centroid of initialization=winner, the
-        median of theirs.
+        median of theirs; `optimizer.kind: auto`, see `automatic_kind`.
         """
         keys, found = self.field, {}
         if keys.weight_scale == "auto":
@@ -301,18 +302,29 @@ class EncodeJob(_Section):
         if self._lacks_centroid:
             centroid = statistics.median(signal.spectral_centroid(content) for content in contents)
             found["spectral_centroid"] = round(centroid, 4)
-        return self.model_copy(update={"field": keys.model_copy(update=found)}) if found else self
+        job = self.model_copy(update={"field": keys.model_copy(update=found)}) if found else self
+        return job if self.optimizer.kind != "auto" else job._with_optimizer(signal, contents[0])
+
+    def _with_optimizer(self, signal: Any, content: Any) -> "EncodeJob":
+        samples = self.fit.samples
+        kind = automatic_kind(
+            target=self.fit.target,
+            is_in_db=signal.quality_name.endswith("_db"),
+            is_full_batch=samples == "full" or samples >= len(signal.samples(content).values),
+            has_hidden_matrices=self.field.kind == "mlp" and self.field.depth > 1,
+        )
+        return self.model_validate(self.model_dump() | {"optimizer": {"kind": kind}})
 
     def build_optimizer(self, samples_per_step: int) -> Any:
-        """The optimiser for steps of this many samples."""
-        cls, section = METHODS[self.optimizer.kind], self.optimizer
+        """The optimiser for steps of this many samples; of `kind: auto` before the job is settled, its name alone."""
+        cls, section = _OPTIMIZERS[self.optimizer.kind], self.optimizer
         if not isinstance(section, RateSection):
             return _build(cls, section)
         rate = section.learning_rate
         if rate == "auto":
             scale = 1.0 if self.field.weight_scale == "auto" else self.field.weight_scale
             rate = cls.auto_learning_rate(self.field.width, scale, samples_per_step)
-        schedule = Schedule(section.schedule, self.fit.max_steps, section.warmup)
+        schedule = Schedule(section.schedule, self.fit.max_steps, self.optimizer.warmup)
         optimizer = _build(cls, section, learning_rate=rate, schedule=schedule)
         if not isinstance(section, OptimizerSection) or (not section.weight_decay and section.clip_norm is None):
             return optimizer

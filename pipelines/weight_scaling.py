@@ -358,12 +358,25 @@ def in_other_modalities(report: Report, small: bool) -> None:
 
 def tasks_with_held_back(small: bool) -> Iterator[tuple[Task, int, float]]:
     """Tasks of which a part of the samples is held back, the steps to fit them, and the quality to accelerate to."""
-    yield replace(photographs(4 if small else 10, 64, holdout=2), width=64, samples=512), 200 if small else 600, 35.0
-    for make, level in ((words, 10.0), (winds, 35.0), (meshes, 0.9)):
+    yield replace(photographs(4 if small else 10, 64, holdout=2), width=64, samples=512), 200 if small else 600, 45.0
+    for make, level in ((words, 12.0), (winds, 37.0), (meshes, 0.9)):
         try:
             yield make(3 if small else 32, holdout=4), 200 if small else 1000, level
         except (NfscaleError, ImportError) as error:
             print(f"{make.__name__} left out: {error}", flush=True)
+
+
+@dataclass(frozen=True)
+class HeldBack:
+    """Of one weight scale or omega: medians."""
+
+    value: float
+    steps: float
+    """To the level of the task."""
+    quality: float
+    """Of what is held back."""
+    rule: str
+    """The objectives for which the rule chooses it."""
 
 
 def what_is_held_back(report: Report, small: bool) -> None:
@@ -371,43 +384,45 @@ def what_is_held_back(report: Report, small: bool) -> None:
     report.say("", "## Samples held back, Adam with cosine decay: every second pixel, every fourth of the others", "")
     report.say("| task | what | value | held back | fitted | steps to its level |", "|---|---|---|---|---|---|")
     tasks = list(tasks_with_held_back(small))
-    figure, grid = pyplot.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False, layout="constrained")
-    for axes, (task, steps, level) in zip(grid[0], tasks, strict=True):
+    figure, grid = pyplot.subplots(2, -(-len(tasks) // 2), figsize=(10, 8), squeeze=False, layout="constrained")
+    for axes, (task, steps, level) in zip(grid.flat, tasks, strict=False):
         for name in GEOMETRY:
             points = list(_held_back_over(report, task, name, steps, level, small))
-            first = points[0][0]
-            axes.plot([first / fast for fast, _, _ in points], [held for _, held, _ in points], "o-", label=name)
-            for fast, held, value in points:
-                if math.isfinite(first / fast):
-                    axes.annotate(value, (first / fast, held), fontsize=7)
+            there = [(points[0].steps / one.steps, one.quality, one) for one in points if math.isfinite(one.steps)]
+            axes.plot([x for x, _, _ in there], [y for _, y, _ in there], "o-", label=name, alpha=0.7)
+            for x, y, one in there:
+                axes.annotate(f"{one.value:g}", (x, y), xytext=(5, 3), textcoords="offset points", fontsize=8)
+                if one.rule:
+                    marker = {"interpolate": "*", "fit": "P"}.get(one.rule, "X")
+                    axes.plot([x], [y], marker, markersize=13, label=f"auto: {one.rule}")
         axes.set_title(task.name)
         axes.set_xlabel(f"acceleration: steps of the first to {level:g}, over each one's")
         axes.set_ylabel(f"{task.signal.quality_name} of what is held back")
-        axes.legend()
-    figure.savefig(report.folder / "heldout.png", dpi=130)
+        axes.legend(fontsize=8)
+    figure.savefig(report.folder / "heldout.png", dpi=110)
     pyplot.close(figure)
 
 
-def _held_back_over(
-    report: Report, task: Task, what: str, steps: int, level: float, small: bool
-) -> Iterator[tuple[float, float, str]]:
-    """Over the weight scale or omega: steps to a level, quality of what is held back, and the value in words."""
+def _held_back_over(report: Report, task: Task, what: str, steps: int, level: float, small: bool) -> Iterator[HeldBack]:
+    """Over the weight scale or omega, from that of SIREN on."""
     axis = samples_per_axis(task.signal, task.data[0][1])
-    rule: dict[float, str] = {}
+    rule: dict[float, list[str]] = {}
     for objective in ("interpolate", "fit"):
-        scale = round(MLP.auto_weight_scale(axis, task.omega_0, task.depth, objective), 3)
-        rule[scale] = f"{rule[scale]}, {objective}" if scale in rule else f"auto, {objective}"
+        scale = MLP.auto_weight_scale(axis, task.omega_0, task.depth, objective)
+        rule.setdefault(round(scale, 3), []).append(objective)
     alphas = (1.0, 1.5, 2.0, 2.5) if small else (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
+    every = 5 if len(task.data[0][1].measured.values) <= 1 << 13 else 10  # a check is a pass over all of them
     for alpha in sorted({*alphas, *rule}) if what == "weight_scale" else alphas:
         geometry = {"weight_scale": alpha} if what == "weight_scale" else {"omega_0": task.omega_0 * alpha}
         rate = nfscale.Adam.auto_learning_rate(task.width, geometry.get("weight_scale", 1.0), 512)
         of = replace(task, levels=(level,) * 4)
-        got = report.add(fits(of, GEOMETRY[what], rate, "cosine", steps, None, check_every=20, **geometry))
+        got = report.add(fits(of, GEOMETRY[what], rate, "cosine", steps, None, check_every=every, **geometry))
         held = median(fit.heldout for fit in got if fit.heldout is not None)
         fast, fitted = median(fit.steps_to(0) for fit in got), median(fit.best for fit in got)
-        chosen = f"{geometry[what]:g}" + (f" ({rule[alpha]})" if what == "weight_scale" and alpha in rule else "")
-        report.say(f"| {task.name} | {what} | {chosen} | {held:.4g} | {fitted:.4g} | {written(fast, '.0f')} |")
-        yield fast, held, chosen
+        chosen = ", ".join(rule.get(alpha, [])) if what == "weight_scale" else ""
+        value = f"{geometry[what]:g}" + (f" (auto: {chosen})" if chosen else "")
+        report.say(f"| {task.name} | {what} | {value} | {held:.4g} | {fitted:.4g} | {written(fast, '.0f')} |")
+        yield HeldBack(geometry[what], fast, held, chosen)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

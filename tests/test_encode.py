@@ -412,6 +412,34 @@ def test_the_centroid_of_winner_is_measured_in_the_first_data_and_stays_with_the
         tiny_job(tmp_path, "field.initialization=winner", "signal.kind=occupancy", "dataset.kind=shapes")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "kind"),
+    [
+        (["fit.samples=16", "fit.target=40"], "adam"),
+        (["fit.samples=16", "fit.target=60"], "muon"),
+        (["fit.samples=full", "fit.target=40"], "muon"),
+        (["fit.samples=64", "fit.target=40"], "muon"),  # all there are
+        (["fit.samples=full", "field.depth=1"], "adam"),
+        (["fit.samples=full", "field.kind=hash_grid"], "adam"),
+    ],
+)
+def test_an_automatic_optimiser_is_decided_with_the_first_data_and_stays_with_the_run(tmp_path, overrides, kind):
+    job = tiny_job(tmp_path, *overrides, optimizer={"kind": "auto"})
+    plan = make_plan(job)
+    assert plan.job["optimizer"]["kind"] == kind
+    assert plan.fingerprint == make_plan(job).fingerprint
+    named = tiny_job(tmp_path, *overrides, optimizer={"kind": kind})
+    assert plan.job == make_plan(named).job | {"output": job.output}
+
+
+def test_an_automatic_optimiser_fits_and_has_no_keys_of_its_own(tmp_path):
+    folder, summary = encode_in_process(tiny_job(tmp_path, optimizer={"kind": "auto"}))
+    assert summary.failed == 0
+    assert verify(folder).mismatches == []
+    with pytest.raises(CallerError, match=r"unknown key optimizer.learning_rate; accepted: kind"):
+        tiny_job(tmp_path, "optimizer.learning_rate=1", optimizer={"kind": "auto"})
+
+
 def test_a_selection_by_error_needs_data_that_are_checked_on_what_is_fitted(tmp_path):
     with pytest.raises(CallerError, match=r"fit.sampling=error goes by the errors that checks see"):
         make_plan(
@@ -439,12 +467,12 @@ def test_moved_pixels_decode_at_the_size_of_their_fit_alone(tmp_path):
 
 @pytest.mark.parametrize(("objective", "wanted"), [("fit", 2.0), ("interpolate", 1.0)])
 def test_an_automatic_weight_scale_is_decided_once_and_stays_with_the_run(tmp_path, objective, wanted):
-    overrides = ("field.weight_scale=auto", f"fit.objective={objective}", "field.omega_0=4", "field.depth=2")
+    overrides = ("field.weight_scale=auto", f"fit.objective={objective}", "field.omega_0=9", "field.depth=2")
     job = tiny_job(tmp_path, *overrides)
     plan = make_plan(job)
     scale = plan.job["field"]["weight_scale"]
     axis = 8 / (1 - 1 / 8)  # the digits' pixels, whose centres span less than [-1, 1]
-    assert scale == pytest.approx((wanted * axis / 4) ** 0.5, abs=1e-3)
+    assert scale == pytest.approx((wanted * axis / 9) ** 0.5, abs=1e-3)
     assert plan.forward["field"]["keys"]["weight_scale"] == scale
     assert plan.fingerprint == make_plan(job).fingerprint
     assert plan.fingerprint != make_plan(tiny_job(tmp_path, *overrides, f"field.weight_scale={scale}")).fingerprint

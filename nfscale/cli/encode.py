@@ -72,7 +72,7 @@ def encode(
 
 def _names() -> str:
     """The words that a job may use where names are known, for the help."""
-    kinds = {"dataset": DATASETS, "signal": SIGNALS, "field": FIELDS, "optimizer": METHODS}
+    kinds = {"dataset": DATASETS, "signal": SIGNALS, "field": FIELDS, "optimizer": [*METHODS, "auto"]}
     known = {f"{section}.kind": kinds_of for section, kinds_of in kinds.items()}
     known |= {"field.activation": ACTIVATIONS, "field.encoding": ENCODINGS, "field.initialization": INITIALIZATIONS}
     known |= {"signal.transform": get_args(TransformName), "fit.sampling": get_args(Sampling)}

@@ -7,6 +7,7 @@ Adding an optimiser is one file here and one line in `OPTIMIZERS`; a solver, in 
 
 from nfscale.optim.adahessian import AdaHessian
 from nfscale.optim.adam import Adam
+from nfscale.optim.automatic import Automatic, automatic_kind
 from nfscale.optim.base import Extra, Optimizer
 from nfscale.optim.esgd import ESGD
 from nfscale.optim.esgd_max import ESGDMax
@@ -36,7 +37,7 @@ OPTIMIZERS: dict[str, type] = {
 }
 SOLVERS: dict[str, type] = {"gauss_newton": GaussNewton, "kfac": KFAC, "lbfgs": LBFGS, "spring": Spring}
 METHODS: dict[str, type] = OPTIMIZERS | SOLVERS
-"""What `optimizer.kind` names."""
+"""What `optimizer.kind` names, beside "auto"."""
 
 __all__ = [
     "ESGD",
@@ -50,6 +51,7 @@ __all__ = [
     "SOLVERS",
     "AdaHessian",
     "Adam",
+    "Automatic",
     "ESGDMax",
     "Extra",
     "GaussNewton",
@@ -62,4 +64,5 @@ __all__ = [
     "Shampoo",
     "Solver",
     "Spring",
+    "automatic_kind",
 ]
