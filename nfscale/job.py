@@ -35,7 +35,17 @@ from nfscale.engine.sampling import Sampling
 from nfscale.errors import CallerError
 from nfscale.fields import FIELDS
 from nfscale.fields.initializations import NOISES
-from nfscale.optim import METHODS, OPTIMIZERS, SCHEDULES, Automatic, Regularized, Schedule, Solver, automatic_kind
+from nfscale.optim import (
+    METHODS,
+    OPTIMIZERS,
+    SCHEDULES,
+    Automatic,
+    Circumstances,
+    Regularized,
+    Schedule,
+    Solver,
+    automatic_kind,
+)
 from nfscale.signals import SIGNALS, samples_per_axis
 from nfscale.store.schema import StoreDtype
 
@@ -306,14 +316,16 @@ class EncodeJob(_Section):
         return job if self.optimizer.kind != "auto" else job._with_optimizer(signal, contents[0])
 
     def _with_optimizer(self, signal: Any, content: Any) -> "EncodeJob":
-        samples = self.fit.samples
-        kind = automatic_kind(
-            target=self.fit.target,
-            is_in_db=signal.quality_name.endswith("_db"),
-            is_full_batch=samples == "full" or samples >= len(signal.samples(content).values),
+        available, wanted = len(signal.samples(content).values), self.fit.samples
+        circumstances = Circumstances(
+            target_db=self.fit.target if signal.quality_name.endswith("_db") else None,
+            weights=self.build_field(signal.dimensions, signal.channels).layout.size,
+            samples=available if wanted == "full" else min(wanted, available),
+            values=available * signal.channels,
+            takes_all=wanted == "full" and not signal.jittered,
             has_hidden_matrices=self.field.kind == "mlp" and self.field.depth > 1,
         )
-        return self.model_validate(self.model_dump() | {"optimizer": {"kind": kind}})
+        return self.model_validate(self.model_dump() | {"optimizer": {"kind": automatic_kind(circumstances)}})
 
     def build_optimizer(self, samples_per_step: int) -> Any:
         """The optimiser for steps of this many samples; of `kind: auto` before the job is settled, its name alone."""

@@ -7,7 +7,7 @@ Adding an optimiser is one file here and one line in `OPTIMIZERS`; a solver, in 
 
 from nfscale.optim.adahessian import AdaHessian
 from nfscale.optim.adam import Adam
-from nfscale.optim.automatic import Automatic, automatic_kind
+from nfscale.optim.automatic import Automatic, Circumstances, automatic_kind
 from nfscale.optim.base import Extra, Optimizer
 from nfscale.optim.esgd import ESGD
 from nfscale.optim.esgd_max import ESGDMax
@@ -52,6 +52,7 @@ __all__ = [
     "AdaHessian",
     "Adam",
     "Automatic",
+    "Circumstances",
     "ESGDMax",
     "Extra",
     "GaussNewton",
