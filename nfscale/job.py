@@ -324,6 +324,9 @@ class EncodeJob(_Section):
             values=available * signal.channels,
             takes_all=wanted == "full" and not signal.jittered,
             has_hidden_matrices=self.field.kind == "mlp" and self.field.depth > 1,
+            dimensions=signal.dimensions,
+            weight_scale=self.field.weight_scale,
+            shares_init=self.field.init == "shared",
         )
         return self.model_validate(self.model_dump() | {"optimizer": {"kind": automatic_kind(circumstances)}})
 

@@ -7,7 +7,15 @@ import pytest
 from nfscale.optim import METHODS, Circumstances, automatic_kind
 
 TILES = Circumstances(
-    target_db=40.0, weights=12_900, samples=256, values=12_288, takes_all=False, has_hidden_matrices=True
+    target_db=40.0,
+    weights=12_900,
+    samples=256,
+    values=12_288,
+    takes_all=False,
+    has_hidden_matrices=True,
+    dimensions=2,
+    weight_scale=1.5,
+    shares_init=True,
 )
 
 
@@ -18,6 +26,10 @@ TILES = Circumstances(
         ({"target_db": None}, "adam"),
         ({"target_db": 50.0}, "muon"),
         ({"target_db": 50.0, "has_hidden_matrices": False}, "adam"),
+        ({"target_db": 50.0, "weight_scale": 2.25}, "adam"),
+        ({"dimensions": 1}, "esgd"),
+        ({"dimensions": 1, "shares_init": False}, "adam"),
+        ({"dimensions": 1, "target_db": 50.0}, "adam"),
         ({"samples": 4096, "takes_all": True}, "lbfgs"),
         ({"samples": 4096, "takes_all": True, "target_db": 45.0}, "adam"),
         ({"samples": 4096, "takes_all": True, "values": 50_000}, "adam"),
