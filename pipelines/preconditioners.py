@@ -441,11 +441,11 @@ class Plan:
     small: bool
     paper: Task
     paper_steps: dict[str, tuple[int, int]]
-    """By activation: steps, and steps between checks."""
+    """By activation: steps, and steps between checks, a multiple of 10."""
     own: Task
-    own_steps: int
+    own_steps: tuple[int, int]
     others: tuple[Task, ...]
-    other_steps: int
+    other_steps: tuple[int, int]
     other_methods: tuple[str, ...]
     other_activations: dict[str, tuple[str, ...]]
     moments: tuple[int, ...]
@@ -463,23 +463,24 @@ DECIBELS, IOU, SOUND, VIEWS = (30.0, 35.0, 40.0), (0.9, 0.95, 0.98), (10.0, 20.0
 SMALL = Plan(
     small=True,
     paper=Task("photographs", 256, 4, 512, DECIBELS, count=2, measured=4096),
-    paper_steps={name: (1280, 80) if name == "sine" else (400, 40) for name in ACTIVATIONS},
+    paper_steps={name: (1280, 80) if name == "sine" else (320, 40) for name in ACTIVATIONS},
     own=Task("photographs", 128, 4, 512, DECIBELS, count=3, others=5, side=64),
-    own_steps=400,
+    own_steps=(320, 20),
     others=(
-        Task("words", 64, 3, 512, SOUND, count=3, omega_0=1500.0),
+        Task("words", 128, 3, 512, SOUND, count=3, omega_0=1500.0),
         Task("meshes", 64, 4, 1024, IOU, count=2, omega_0=20.0, gaussian=0.09),
         Task("scenes", 64, 3, 128, VIEWS, count=2, gaussian=0.1, esgd_rate=1.0),
     ),
-    other_steps=200,
+    other_steps=(320, 80),
     other_methods=("adam", "sgd", "esgd", "adahessian_e", "shampoo"),
     other_activations={"words": ("sine",), "meshes": ("sine",), "scenes": ("gaussian",)},
-    moments=(1, 10, 50, 200),
+    moments=(1, 50, 400, 2000),
     note=(
-        "--small: 2 photographs, and 10 epochs with sines, 3.1 with the other activations, where the paper has 200 of "
-        "one; quality on 4,096 of their pixels. At their own rates 3 photographs of 64 x 64 with width 128, 400 steps, two rates each. Words, meshes and "
-        "scenes with width 64, 200 steps of 512 samples, 1,024 points, 128 rays (the paper: 8 layers of 256 and 2,048 "
-        "rays for scenes, 50,000 points for meshes). Gaussian, wavelet and sinc with Adam and ESGD alone."
+        "--small: 2 photographs, and 10 epochs with sines, 2.5 with the other activations, where the paper has 200 of "
+        "one; quality on 4,096 of their pixels. At their own rates 3 photographs of 64 x 64 with width 128, 320 steps, "
+        "two rates each. Words with width 128, meshes and scenes with width 64, 320 steps of 512 samples, 1,024 "
+        "points, 128 rays (the paper: 8 layers of 256 and 2,048 rays for scenes, 50,000 points for meshes). Gaussian, "
+        "wavelet and sinc with Adam and ESGD alone."
     ),
 )
 FULL = Plan(
@@ -487,16 +488,16 @@ FULL = Plan(
     paper=Task("photographs", 256, 4, 512, DECIBELS, count=10),
     paper_steps=dict.fromkeys(ACTIVATIONS, (25_600, 640)),
     own=Task("photographs", 256, 4, 512, DECIBELS, count=6, others=4),
-    own_steps=5_120,
+    own_steps=(5_120, 160),
     others=(
         Task("words", 128, 3, 512, SOUND, count=16, others=16, omega_0=1500.0),
         Task("meshes", 256, 4, 16_384, IOU, count=8, others=8, gaussian=0.09),
         Task("scenes", 256, 8, 2_048, VIEWS, count=4, others=4, gaussian=0.1, esgd_rate=1.0),
     ),
-    other_steps=5_000,
+    other_steps=(5_000, 500),
     other_methods=tuple(name for name in METHODS if name not in ("spring", "kfac")),
     other_activations=dict.fromkeys(("words", "meshes", "scenes"), tuple(ACTIVATIONS)),
-    moments=(1, 10, 100, 1_000),
+    moments=(1, 50, 400, 2_000),
     note="The paper's sizes but for scenes (5,000 steps where it has 200,000) and meshes (16,384 points a step).",
 )
 
@@ -522,12 +523,10 @@ def own_fits(plan: Plan) -> Iterator[Fits]:
 
 
 def annealed(
-    task: Task, activation: str, weight_scale: float, name: str, steps: int, method: Method, small: bool
+    task: Task, activation: str, weight_scale: float, name: str, paced: tuple[int, int], method: Method, small: bool
 ) -> Iterator[Fits]:
-    """One method at its rates. A twentieth of the steps, but at least ten, lie between checks."""
-    every = max(steps // 200 * 10, 10)
-    if method.share < 1:
-        steps, every = max(round(steps * method.share), 1), max(round(every * method.share), 1)
+    """One method at its rates, for its share of so many steps with so many between checks."""
+    steps, every = (max(round(count * method.share), 1) for count in paced)
     for rate in method.tried(task.width, small):
         optimizer = method.make(rate, Schedule("cosine", steps, warmup=min(method.warmup, steps // 2)), task.width)
         yield Fits("own", task, activation, weight_scale, name, optimizer, steps, every, method.samples or task.samples)
@@ -536,12 +535,10 @@ def annealed(
 def other_fits(plan: Plan, task: Task) -> Iterator[Fits]:
     """Another modality, at the paper's rates and at their own."""
     for activation in plan.other_activations[task.name]:
-        known = at_paper(activation, task, plan.small)
+        known = at_paper(activation, task, small=False)
         for name in plan.other_methods:
-            every = max(plan.other_steps // 40 * 10, 10)
             if name in known:
-                common = (name, known[name], plan.other_steps, every, task.samples)
-                yield Fits("paper", task, activation, 1.0, *common)
+                yield Fits("paper", task, activation, 1.0, name, known[name], *plan.other_steps, task.samples)
             if name != "esgd_shared" or task.others:
                 yield from annealed(task, activation, 1.0, name, plan.other_steps, METHODS[name], plan.small)
 
@@ -665,8 +662,8 @@ def say_own(report: Report, plan: Plan) -> None:
     report.say("", "## Each at its own rate, annealed, from the same start", "")
     report.say(
         f"{task.count} photographs of {task.side} x {task.side}, RGB, {task.samples} pixels a step (spring 128, kfac "
-        f"all), width {task.width}, depth {task.depth}, {plan.own_steps} steps (spring half, kfac a tenth), cosine. Of "
-        "the rates tried the one that reaches 40 dB, 35, 30 soonest, else ends best. Medians to 30/35/40 dB; seconds "
+        f"all), width {task.width}, depth {task.depth}, {plan.own_steps[0]} steps (spring half, kfac a tenth), cosine. "
+        "Of the rates tried the one that reaches 40 dB, 35, 30 soonest, else ends best. Medians to 30/35/40 dB; seconds "
         "of a field in its batch on one core, without checks. What esgd_shared needs once per dataset is not in it: "
         f"{task.others} fits more.",
         "",
@@ -690,7 +687,7 @@ def say_others(report: Report, plan: Plan, tasks: Sequence[Task]) -> None:
     """The table of words, meshes and scenes."""
     report.say("", "## Words, meshes, scenes", "")
     report.say(
-        f"Medians after {plan.other_steps} steps: at the paper's constant rate, and at the best of their own with "
+        f"Medians after {plan.other_steps[0]} steps: at the paper's constant rate, and at the best of their own with "
         "cosine decay. Words: SNR in dB; meshes: IoU; scenes: PSNR in dB on views that were fitted.",
         "",
         "| task | activation | method | paper's rate | at the end | own rate | at the end |",
@@ -889,9 +886,10 @@ def tell(report: Report, plan: Plan, tasks: Sequence[Task], moments: Sequence[He
 
 def shortened(plan: Plan, steps: int) -> Plan:
     """The plan with so many steps for every fit: to see that it works."""
-    paper = {name: (steps, min(every, steps)) for name, (_, every) in plan.paper_steps.items()}
+    paced = (steps, min(plan.own_steps[1], steps))
+    paper = dict.fromkeys(plan.paper_steps, paced)
     return replace(
-        plan, paper_steps=paper, own_steps=steps, other_steps=steps, note=f"{plan.note} A trial of {steps} steps."
+        plan, paper_steps=paper, own_steps=paced, other_steps=paced, note=f"{plan.note} A trial of {steps} steps."
     )
 
 
