@@ -739,8 +739,8 @@ def say_second_moments(report: Report, found: Sequence[HessianMoment]) -> None:
     """Adam read as a diagonal Gauss-Newton method, and what preconditioners make of the Hessian."""
     report.say("", "## Adam's v beside diag(J^T J)", "")
     report.say(
-        "A word at 1 kHz, 16 units, depth 3, Adam, 512 samples a step; SNR in dB. Correlations over its weights: of the "
-        "logarithms, of the ranks, of the logarithms about their mean in each layer; and the slope of log v over log "
+        "A word at 1 kHz, 16 units, depth 3, Adam, 512 samples a step; SNR in dB. Correlations over its weights: of "
+        "the logarithms, of the ranks, of the logarithms about their mean in each layer; the slope of log v over log "
         "diag(J^T J). Then the largest absolute eigenvalue of the Hessian over their median, by preconditioner.",
         "",
         "| steps | quality | logarithms | ranks | within layers | slope | none | Jacobi | row norms | root of v |",
