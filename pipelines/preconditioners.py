@@ -818,8 +818,8 @@ def say_claims(report: Report, plan: Plan) -> None:
 
 
 def middle(got: Sequence[Fit]) -> tuple[list[int], list[float]]:
-    """Median quality by step of the fits that were looked at then."""
-    steps = sorted({step for fit in got for step, _ in fit.history})
+    """Median quality by step, until the first of the fits is lost: those that are left may be the easier data."""
+    steps = sorted(set.intersection(*({step for step, _ in fit.history} for fit in got)))
     return steps, [median(q for fit in got for step, q in fit.history if step == at) for at in steps]
 
 
