@@ -57,11 +57,11 @@ class Sdf(Solids):
             raise ValueError(f"signal.eikonal is at least 0, got {self.eikonal}")
 
     @property
-    def squared_error(self) -> bool:  # type: ignore[override]
+    def squared_error(self) -> bool:
         return not self.eikonal
 
     @property
-    def points_per_sample(self) -> int:  # type: ignore[override]
+    def points_per_sample(self) -> int:
         return 7 if self.eikonal else 1
 
     def _spreads(self, count: int) -> np.ndarray | float:
