@@ -7,10 +7,12 @@ cosine between both normals, whichever way they face, averaged likewise (Mesched
 2019, have the same two, with the sides of the box as the unit).
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from nfscale.media.base import Decode, Panel
 from nfscale.media.solids import SolidMedium, closest, mesh_of
 from nfscale.signals.solids import Grid, Mesh, on_surface
 
@@ -31,6 +33,14 @@ class SdfMedium(SolidMedium):
     def measures(self, original: Mesh, rebuilt: Grid) -> dict[str, float]:
         """`chamfer_percent`, lower is better, and `normal_consistency`, of 1; without a surface 100 and 0."""
         return compared(original, mesh_of(rebuilt))
+
+    def panels(self, original: Mesh | Grid, rebuilt: Grid, decode: Decode) -> list[Panel]:
+        """Those of solids, with the Chamfer distance below the last."""
+        shown = super().panels(original, rebuilt, decode)
+        if not isinstance(original, Mesh):
+            return shown
+        away = self.measures(original, rebuilt)["chamfer_percent"]
+        return [*shown[:-1], replace(shown[-1], caption=f"Chamfer distance {away:.2g} % of the diagonal")]
 
 
 def compared(original: Mesh, rebuilt: Mesh) -> dict[str, float]:

@@ -170,7 +170,10 @@ def test_meshes_are_measured_and_grids_are_shown():
     solid, grid = perfect(trimesh.creation.box(), Sdf(resolution=16))
     assert MEDIUM.measurable(solid.mesh)
     assert not MEDIUM.measurable(grid)
-    assert [panel.mime for panel in MEDIUM.panels(solid.mesh, grid, no_other_shape)] == ["image/png"] * 3
+    shown = MEDIUM.panels(solid.mesh, grid, no_other_shape)
+    assert [panel.mime for panel in shown] == ["image/png"] * 3
+    away = MEDIUM.measures(solid.mesh, grid)["chamfer_percent"]
+    assert shown[2].caption == f"Chamfer distance {away:.2g} % of the diagonal"
     panels = MEDIUM.panels(grid, grid, no_other_shape)
     assert panels[0].content == panels[1].content == panels[2].content, "nothing is wrong"
 
