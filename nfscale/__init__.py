@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from nfscale.engine import Calibration, Fitted, Result, Stop, calibrate, fit
     from nfscale.fields import FIELDS, MLP
     from nfscale.optim import ESGD, OPTIMIZERS, Adam, Schedule
-    from nfscale.signals import SIGNALS, Audio, Image, Occupancy, Radiance, Samples, Sphere
+    from nfscale.signals import SIGNALS, Audio, Image, Occupancy, Radiance, Samples, Sdf, Sphere
     from nfscale.store.table import WeightsTable, open_weights
 
 __version__ = "0.1.0"
@@ -32,6 +32,7 @@ __all__ = [
     "Result",
     "Samples",
     "Schedule",
+    "Sdf",
     "Sphere",
     "Stop",
     "WeightsTable",
@@ -44,7 +45,7 @@ _HOMES = {
     "nfscale.engine": ("Calibration", "Fitted", "Result", "Stop", "calibrate", "fit"),
     "nfscale.fields": ("FIELDS", "MLP"),
     "nfscale.optim": ("ESGD", "OPTIMIZERS", "Adam", "Schedule"),
-    "nfscale.signals": ("SIGNALS", "Audio", "Image", "Occupancy", "Radiance", "Samples", "Sphere"),
+    "nfscale.signals": ("SIGNALS", "Audio", "Image", "Occupancy", "Radiance", "Samples", "Sdf", "Sphere"),
     "nfscale.store.table": ("WeightsTable", "open_weights"),
 }
 

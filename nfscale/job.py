@@ -221,9 +221,9 @@ class EncodeJob(_Section):
     def _parts_fit(self) -> "EncodeJob":
         field = self.build_field(dimensions=SIGNALS[self.signal.kind].dimensions, channels=1)
         optimizer = self.build_optimizer(samples_per_step=1)
+        signal = self._possible_signal()
         if isinstance(optimizer, Solver):
-            self._solver_can(optimizer, field)
-        self._signal_can_be()
+            self._solver_can(optimizer, field, signal)
         if self.needs_calibration and self.field.init == "per_datum":
             raise ValueError(
                 "optimizer.curvature=shared needs fields that start from one theta0, and field.init is per_datum; "
@@ -241,7 +241,7 @@ class EncodeJob(_Section):
             )
         return self
 
-    def _solver_can(self, solver: Solver, field: Any) -> None:
+    def _solver_can(self, solver: Solver, field: Any, signal: Any) -> None:
         """Raise why a solver cannot fit such fields to such a signal, whatever the data are."""
         kind = self.optimizer.kind
         if solver.full_batch and self.fit.samples != "full":
@@ -249,21 +249,23 @@ class EncodeJob(_Section):
                 f"optimizer.kind={kind} takes all samples of a field at every step, and fit.samples is "
                 f"{self.fit.samples}; use fit.samples=full"
             )
-        if why := unsolvable(solver, field, SIGNALS[self.signal.kind]):
+        if why := unsolvable(solver, field, signal):
             raise ValueError(f"optimizer.kind={kind} cannot be used: {why}")
 
-    def _signal_can_be(self) -> None:
-        """Raise what is wrong with the signal's keys whatever the data are, for which `channels: auto` waits."""
+    def _possible_signal(self) -> Any:
+        """The signal, of any number of channels while `channels: auto` waits for the data.
+
+        Raises what is wrong with its keys whatever the data are.
+        """
         keys = self.signal.model_dump(exclude={"kind"})
         counts = _POSSIBLE_CHANNELS if keys["channels"] == "auto" else (keys["channels"],)
         wrong = []
         for channels in counts:
             try:
-                SIGNALS[self.signal.kind](**keys | {"channels": channels})
+                return SIGNALS[self.signal.kind](**keys | {"channels": channels})
             except ValueError as error:
                 wrong.append(error)
-        if len(wrong) == len(counts):
-            raise next((error for error in wrong if "channels" not in str(error)), wrong[0])
+        raise next((error for error in wrong if "channels" not in str(error)), wrong[0])
 
     @property
     def needs_calibration(self) -> bool:

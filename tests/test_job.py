@@ -60,6 +60,10 @@ def test_the_jobs_that_ship_use_weight_scaling_and_esgd(path):
         ),
         ("optimizer.kind=kfac field.kind=hash_grid", "optimizer.kind=kfac cannot be used: it takes MLPs apart"),
         ("optimizer.kind=spring signal.kind=occupancy", "optimizer.kind=spring cannot be used: it minimises the mean"),
+        (
+            "optimizer.kind=spring signal.kind=sdf signal.eikonal=0.1",
+            "it minimises the mean squared error at points, which is not the loss of Sdf",
+        ),
         ("optimizer.kind=lbfgs signal.kind=radiance", "its loss has to stay the same from step to step, and Radiance"),
         ("optimizer.kind=spring optimizer.momentum=1", "momentum is at least 0 and below 1, got 1.0"),
         ("optimizer.update_every=7", "fit.check_every=20 is not a multiple of optimizer.update_every=7"),

@@ -67,7 +67,7 @@ class ShapesDataset(Dataset):
 
     def read(self, position: int) -> Datum:
         from nfscale.media.meshes import read_mesh
-        from nfscale.media.occupancy import solid_of
+        from nfscale.media.solids import solid_of
 
         name = NAMES[position]
         try:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 _FEWEST_FIELDS = 2  # that are evaluated together, see `nfscale.engine.step.field_chunks`
 
 
-def unsolvable(solver: Solver, field: Field, signal: Signal | type) -> str | None:
+def unsolvable(solver: Solver, field: Field, signal: Signal) -> str | None:
     """Why a solver cannot fit such fields to such a signal, or None if it can."""
-    named = signal.__name__ if isinstance(signal, type) else type(signal).__name__
+    named = type(signal).__name__
     if solver.full_batch and signal.jittered:
         return f"its loss has to stay the same from step to step, and {named} draws its samples anew at each"
     if "layer_io" not in solver.needs:

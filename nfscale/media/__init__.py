@@ -5,6 +5,7 @@ from nfscale.media.base import Beside, Decode, Medium, Panel, nothing_beside
 from nfscale.media.image import ImageMedium
 from nfscale.media.occupancy import OccupancyMedium
 from nfscale.media.radiance import RadianceMedium
+from nfscale.media.sdf import SdfMedium
 from nfscale.media.sphere import SphereMedium
 
 MEDIA: dict[str, Medium] = {
@@ -12,6 +13,7 @@ MEDIA: dict[str, Medium] = {
     "image": ImageMedium(),
     "occupancy": OccupancyMedium(),
     "radiance": RadianceMedium(),
+    "sdf": SdfMedium(),
     "sphere": SphereMedium(),
 }
 

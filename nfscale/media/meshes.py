@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from nfscale.signals.occupancy import Mesh
+from nfscale.signals.solids import Mesh
 
 MAX_BYTES = 512 << 20
 """Of a binary file: ten million triangles as STL."""

@@ -6,8 +6,10 @@ Adding a modality is one file here and one line in `SIGNALS`.
 from nfscale.signals.audio import Audio, Sound
 from nfscale.signals.base import Kind, Pointwise, Samples, Signal, mean_squared_error, psnr_db, samples_per_axis
 from nfscale.signals.image import Image
-from nfscale.signals.occupancy import Grid, Labelled, Mesh, Occupancy, Solid
+from nfscale.signals.occupancy import Labelled, Occupancy
 from nfscale.signals.radiance import Radiance, Scene
+from nfscale.signals.sdf import Sdf
+from nfscale.signals.solids import Grid, Mesh, Solid
 from nfscale.signals.sphere import Sphere, SphereMap
 
 SIGNALS: dict[str, type] = {
@@ -15,6 +17,7 @@ SIGNALS: dict[str, type] = {
     "image": Image,
     "occupancy": Occupancy,
     "radiance": Radiance,
+    "sdf": Sdf,
     "sphere": Sphere,
 }
 
@@ -31,6 +34,7 @@ __all__ = [
     "Radiance",
     "Samples",
     "Scene",
+    "Sdf",
     "Signal",
     "Solid",
     "Sound",

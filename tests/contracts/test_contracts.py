@@ -27,7 +27,7 @@ from nfscale.signals.base import Pointwise
 
 SEEDS = as_tensor([datum_seed(0, f"datum-{index}") for index in range(3)])
 CHANNELS = 2
-CHANNELS_OF = {"occupancy": 1, "radiance": 4}
+CHANNELS_OF = {"occupancy": 1, "radiance": 4, "sdf": 1}
 """Kinds of signals that have no others."""
 
 
@@ -43,6 +43,7 @@ DATA = {
     "image": [np.random.default_rng(n).random((5, 6, CHANNELS)).astype(np.float32) for n in range(3)],
     "occupancy": [np.random.default_rng(n).integers(0, 2, (5, 6, 4)).astype(np.float32) for n in range(3)],
     "radiance": [scene(n) for n in range(3)],
+    "sdf": [np.random.default_rng(n).normal(0, 0.1, (5, 6, 4)).astype(np.float32) for n in range(3)],
     "sphere": [np.random.default_rng(n).random((5, 6, CHANNELS)).astype(np.float32) for n in range(3)],
 }
 """Three data of one shape for each kind of signal, with the channels above."""
@@ -160,11 +161,21 @@ def test_fields_are_frozen_and_say_what_they_are(field):
 # Signals
 
 
-@pytest.fixture(params=SIGNALS)
+SIGNAL_OPTIONS = {"sdf": [{}, {"eikonal": 0.5}]}
+"""Ways to configure a signal that differ in kind; others are tried with their defaults."""
+
+SIGNAL_CASES = [
+    pytest.param((kind, options), id="-".join([kind, *options]))
+    for kind in SIGNALS
+    for options in SIGNAL_OPTIONS.get(kind, [{}])
+]
+
+
+@pytest.fixture(params=SIGNAL_CASES)
 def signal(request):
-    assert request.param in DATA, f"add three example data of the signal {request.param!r} to DATA"
-    channels = CHANNELS_OF.get(request.param, CHANNELS)
-    return SIGNALS[request.param](channels=channels), DATA[request.param]
+    kind, options = request.param
+    assert kind in DATA, f"add three example data of the signal {kind!r} to DATA"
+    return SIGNALS[kind](channels=CHANNELS_OF.get(kind, CHANNELS), **options), DATA[kind]
 
 
 def far_of(signal) -> float:
@@ -177,7 +188,7 @@ def array_of(content) -> np.ndarray:
     if isinstance(content, Scene):
         return content.poses
     if isinstance(content, Grid):
-        return np.where(content.logits > 0, 1.0, 0.0)
+        return content.levels
     return content if isinstance(content, np.ndarray) else content.values
 
 

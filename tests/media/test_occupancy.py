@@ -17,7 +17,8 @@ from nfscale.errors import CallerError
 from nfscale.job import job_from_settings
 from nfscale.media import MEDIA, meshes
 from nfscale.media.meshes import read_mesh
-from nfscale.media.occupancy import OccupancyMedium, drawn, mesh_of, solid_of
+from nfscale.media.occupancy import OccupancyMedium
+from nfscale.media.solids import drawn, mesh_of, solid_of
 from nfscale.signals import Grid, Mesh, Occupancy
 from nfscale.store import open_weights
 from nfscale.verify import verify

@@ -141,7 +141,7 @@ def test_a_voxel_grid_becomes_samples_and_comes_back():
     place = {tuple(point): index for index, point in enumerate(samples.coordinates.tolist())}
     order = [place[tuple(point)] for point in signal.coordinates(shape).tolist()]
     (grid,) = signal.reconstruct(samples.values[order][None], shape)
-    assert np.array_equal(grid.logits > 0, inside)
+    assert np.array_equal(grid.levels > 0, inside)
     centres = grid.points(np.indices(inside.shape).transpose(1, 2, 3, 0))
     np.testing.assert_allclose(centres, np.indices(inside.shape).transpose(1, 2, 3, 0) + 0.5, atol=1e-12)
 
@@ -310,5 +310,5 @@ def test_originals_are_what_a_page_shows():
     signal = Occupancy()
     grid = signal.original(grid_of())
     assert isinstance(grid, Grid)
-    assert np.array_equal(grid.logits > 0, grid_of())
+    assert np.array_equal(grid.levels > 0, grid_of())
     assert signal.original(box()).faces is CUBE_FACES
