@@ -36,7 +36,7 @@ def test_transformations_have_a_row_each_and_samplings_too(tmp_path, monkeypatch
 def small_task() -> optimizer_rule.Task:
     task = optimizer_rule.task_of("photos", 2)
     field = replace(task.field, width=16, depth=2)
-    return replace(task, field=field, calibration=task.calibration[:2], budgets=(20,), samples=64, levels=(10.0, 90.0))
+    return replace(task, field=field, calibration=task.calibration[:2], budgets=(20,), samples=64, levels=(20.0, 90.0))
 
 
 def test_optimisers_are_compared_by_the_steps_and_seconds_to_levels():
