@@ -31,7 +31,7 @@ from nfscale.engine.step import stack_samples
 from nfscale.fields import Field, theta0_of
 from nfscale.job import load_job
 from nfscale.layout import Layout, Params
-from nfscale.optim import ESGD, KFAC, LBFGS, METHODS, SOAP, Adam, Muon, Schedule
+from nfscale.optim import ESGD, KFAC, LBFGS, SOAP, Adam, Muon, Schedule
 from nfscale.rng import Stream, as_tensor, datum_seed, rademacher
 from nfscale.signals import Samples
 from nfscale.track import log_folder
@@ -117,43 +117,40 @@ def _reached(one: Any, level: float) -> float:
     return next((float(step) for step, quality in history if quality >= level), math.inf)
 
 
-def methods(task: Task) -> Iterator[tuple[str, list[Found]]]:
-    """Every method with what its rates and budgets found."""
-    scale = task.field.weight_scale
-    common = {"width": task.field.width, "weight_scale": scale, "samples": task.samples}
-    for name, kind, factors in (
-        ("adam", Adam, (0.5, 1.0, 2.0)),
-        ("muon", Muon, (0.5, 1.0)),
-        ("soap", SOAP, (0.5, 1.0)),
-    ):
-        yield (
-            name,
-            [
-                fitted(task, kind(rate, Schedule("cosine", budget)), budget, task.samples, rate)
-                for rate in (factor * kind.auto_learning_rate(**common) for factor in factors)
-                for budget in task.budgets
-            ],
-        )
-    yield "esgd, shared", [_esgd(task, factor * task.rate, budget) for factor in (0.5, 1.0) for budget in task.budgets]
-    if task.name == "photos":
-        yield (
-            "adam, all samples",
-            [
-                fitted(task, Adam(rate, Schedule("cosine", budget)), budget, "full", rate)
-                for rate in (1e-3, 2e-3, 3e-3)
-                for budget in (60, 100, 200)
-            ],
-        )
-        yield (
-            "muon, all samples",
-            [
-                fitted(task, Muon(rate, Schedule("cosine", b)), b, "full", rate)
-                for rate in (2e-3, 4e-3)
-                for b in (60, 100)
-            ],
-        )
-        yield "lbfgs, all samples", [fitted(task, LBFGS(), 60, "full", 0.0)]
-        yield "kfac, all samples", [fitted(task, KFAC(), 30, "full", 0.0)]
+def _annealed(kind: Any, factors: tuple[float, ...], task: Task) -> list[Found]:
+    """At multiples of its automatic rate."""
+    automatic = kind.auto_learning_rate(task.field.width, task.field.weight_scale, task.samples)
+    return [
+        fitted(task, kind(factor * automatic, Schedule("cosine", budget)), budget, task.samples, factor * automatic)
+        for factor in factors
+        for budget in task.budgets
+    ]
+
+
+def _of_all(kind: Any, rates: tuple[float, ...], budgets: tuple[int, ...], task: Task) -> list[Found]:
+    """With all samples in every step."""
+    return [
+        fitted(task, kind(rate, Schedule("cosine", budget)), budget, "full", rate)
+        for rate in rates
+        for budget in budgets
+    ]
+
+
+def _shared(task: Task) -> list[Found]:
+    return [_esgd(task, factor * task.rate, budget) for factor in (0.5, 1.0) for budget in task.budgets]
+
+
+COMPARED: dict[str, Callable[[Task], list[Found]]] = {
+    "adam": partial(_annealed, Adam, (0.5, 1.0, 2.0)),
+    "esgd, shared": _shared,
+    "muon": partial(_annealed, Muon, (0.5, 1.0)),
+    "soap": partial(_annealed, SOAP, (0.5, 1.0)),
+    "adam, all samples": partial(_of_all, Adam, (1e-3, 2e-3, 3e-3), (60, 100, 200)),
+    "muon, all samples": partial(_of_all, Muon, (2e-3, 4e-3), (60, 100)),
+    "lbfgs, all samples": lambda task: [fitted(task, LBFGS(), 60, "full", 0.0)],
+    "kfac, all samples": lambda task: [fitted(task, KFAC(), 30, "full", 0.0)],
+}
+"""By name, what a method's rates and budgets found. All samples: of photographs alone."""
 
 
 def _esgd(task: Task, rate: float, budget: int, field: Any = None, row: Tensor | None = None) -> Found:
@@ -284,11 +281,12 @@ def rows_of(task: Task, name: str, found: list[Found], in_seconds: bool = True) 
     return f"| {name} | {' | '.join(cells)} | {highest.quality:.4g} in {highest.budget} |"
 
 
-def compared(task: Task) -> Iterator[str]:
-    """Rows of a task."""
-    for name, found in methods(task):
-        yield rows_of(task, name, found)
-    if task.name == "photos":
+def compared(task: Task, wanted: Sequence[str]) -> Iterator[str]:
+    """Rows of a task; the leads too, where every method is wanted."""
+    for name in wanted:
+        if task.name == "photos" or "all samples" not in name:
+            yield rows_of(task, name, COMPARED[name](task))
+    if task.name == "photos" and list(wanted) == list(COMPARED):
         for name, lead in LEADS.items():
             rate = Adam.auto_learning_rate(task.field.width, task.field.weight_scale, task.samples)
             yield rows_of(task, name, lead(task, rate if "adam" in name else task.rate), in_seconds=False)
@@ -296,9 +294,9 @@ def compared(task: Task) -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, compare, write."""
-    assert METHODS.keys() >= {"adam", "muon", "soap", "esgd", "lbfgs", "kfac"}
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=list(COMPARED), default=list(COMPARED))
     parser.add_argument("--fields", type=int, default=8)
     parser.add_argument("--output", type=Path, default=Path("runs/optimizer_rule"))
     chosen_ = parser.parse_args(arguments)
@@ -311,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"| {name} | {' | '.join(map(str, task.levels))} | highest |",
             "|---" * (len(task.levels) + 2) + "|",
         ]
-        for line in compared(task):
+        for line in compared(task, chosen_.methods):
             lines.append(line)
             print(f"\n{line}", flush=True)
     chosen_.output.mkdir(parents=True, exist_ok=True)
