@@ -6,6 +6,7 @@ from nfscale.media.image import ImageMedium
 from nfscale.media.occupancy import OccupancyMedium
 from nfscale.media.radiance import RadianceMedium
 from nfscale.media.sphere import SphereMedium
+from nfscale.media.video import VideoMedium
 
 MEDIA: dict[str, Medium] = {
     "audio": AudioMedium(),
@@ -13,6 +14,7 @@ MEDIA: dict[str, Medium] = {
     "occupancy": OccupancyMedium(),
     "radiance": RadianceMedium(),
     "sphere": SphereMedium(),
+    "video": VideoMedium(),
 }
 
 __all__ = ["MEDIA", "Beside", "Decode", "Medium", "Panel", "nothing_beside"]

@@ -9,6 +9,7 @@ from nfscale.signals.image import Image
 from nfscale.signals.occupancy import Grid, Labelled, Mesh, Occupancy, Solid
 from nfscale.signals.radiance import Radiance, Scene
 from nfscale.signals.sphere import Sphere, SphereMap
+from nfscale.signals.video import Clip, Video
 
 SIGNALS: dict[str, type] = {
     "audio": Audio,
@@ -16,11 +17,13 @@ SIGNALS: dict[str, type] = {
     "occupancy": Occupancy,
     "radiance": Radiance,
     "sphere": Sphere,
+    "video": Video,
 }
 
 __all__ = [
     "SIGNALS",
     "Audio",
+    "Clip",
     "Grid",
     "Image",
     "Kind",
@@ -36,6 +39,7 @@ __all__ = [
     "Sound",
     "Sphere",
     "SphereMap",
+    "Video",
     "mean_squared_error",
     "psnr_db",
     "samples_per_axis",

@@ -44,6 +44,7 @@ DATA = {
     "occupancy": [np.random.default_rng(n).integers(0, 2, (5, 6, 4)).astype(np.float32) for n in range(3)],
     "radiance": [scene(n) for n in range(3)],
     "sphere": [np.random.default_rng(n).random((5, 6, CHANNELS)).astype(np.float32) for n in range(3)],
+    "video": [np.random.default_rng(n).random((3, 5, 4, CHANNELS)).astype(np.float32) for n in range(3)],
 }
 """Three data of one shape for each kind of signal, with the channels above."""
 
