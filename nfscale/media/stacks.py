@@ -5,11 +5,14 @@ with as many leading zeros. The datum ends where the numbers do.
 """
 
 import re
+import warnings
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
 
+from nfscale.hostile import reason_of
 from nfscale.media.base import Beside
 from nfscale.media.image import ImageMedium
 
@@ -49,7 +52,7 @@ def read_stack(stream: BinaryIO, name: str, beside: Beside, most_values: int) ->
     return np.stack(found)
 
 
-def _names_after(name: str):
+def _names_after(name: str) -> Iterator[tuple[str, str]]:
     """Pairs of the names of the next picture and of the one after it, endlessly; none where there is no number."""
     path = PurePosixPath(name)
     numbered = _NUMBERED.fullmatch(path.stem)
@@ -59,7 +62,8 @@ def _names_after(name: str):
     number = int(digits)
     while True:
         number += 1
-        yield tuple(f"{before}{n:0{len(digits)}d}{path.suffix}" for n in (number, number + 1))
+        first, second = (f"{before}{n:0{len(digits)}d}{path.suffix}" for n in (number, number + 1))
+        yield first, second
 
 
 def _is_there(name: str, beside: Beside) -> bool:
@@ -68,3 +72,34 @@ def _is_there(name: str, beside: Beside) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def read_pages(stream: BinaryIO, most_values: int) -> np.ndarray | None:
+    """The pages of a TIFF, [T, H, W] or [T, H, W, C]; None of one that has a single page.
+
+    Raises:
+        ValueError: in a sentence that becomes the row's reason.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings(), Image.open(stream, formats=["TIFF"]) as image:
+            warnings.simplefilter("ignore")  # the size check is ours, and stricter
+            pages, size, mode = [], image.size, image.mode
+            count = getattr(image, "n_frames", 1)
+            if count == 1:
+                return None
+            each = size[0] * size[1] * len(image.getbands())
+            if each * count > most_values:
+                raise ValueError(
+                    f"too large: {count} pages of {size[0]} x {size[1]} pixels, at most {most_values:,} values are "
+                    "read"
+                )
+            for page in range(count):
+                image.seek(page)
+                if (image.size, image.mode) != (size, mode):
+                    raise ValueError(f"its pages differ: {size} {mode}, and page {page} is {image.size} {image.mode}")
+                pages.append(np.asarray(image))
+    except Exception as error:  # a damaged file makes a decoder raise struct.error, IndexError, ...
+        raise ValueError(reason_of(error)) from error
+    return np.stack(pages)

@@ -10,6 +10,7 @@ from nfscale.signals.occupancy import Grid, Labelled, Mesh, Occupancy, Solid
 from nfscale.signals.radiance import Radiance, Scene
 from nfscale.signals.sphere import Sphere, SphereMap
 from nfscale.signals.video import Clip, Video
+from nfscale.signals.volume import Volume, Voxels
 
 SIGNALS: dict[str, type] = {
     "audio": Audio,
@@ -18,6 +19,7 @@ SIGNALS: dict[str, type] = {
     "radiance": Radiance,
     "sphere": Sphere,
     "video": Video,
+    "volume": Volume,
 }
 
 __all__ = [
@@ -40,6 +42,8 @@ __all__ = [
     "Sphere",
     "SphereMap",
     "Video",
+    "Volume",
+    "Voxels",
     "mean_squared_error",
     "psnr_db",
     "samples_per_axis",
