@@ -92,8 +92,7 @@ def read_pages(stream: BinaryIO, most_values: int) -> np.ndarray | None:
             each = size[0] * size[1] * len(image.getbands())
             if each * count > most_values:
                 raise ValueError(
-                    f"too large: {count} pages of {size[0]} x {size[1]} pixels, at most {most_values:,} values are "
-                    "read"
+                    f"too large: {count} pages of {size[0]} x {size[1]} pixels, at most {most_values:,} values are read"
                 )
             for page in range(count):
                 image.seek(page)

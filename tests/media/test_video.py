@@ -2,17 +2,23 @@
 
 import io
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from nfscale.cli.decode import decode
 from nfscale.datasets import DATASETS
+from nfscale.errors import CallerError
 from nfscale.media import MEDIA, films
 from nfscale.media.base import nothing_beside
 from nfscale.media.video import VideoMedium, animated
 from nfscale.signals import Clip
+from nfscale.store import open_weights
+from nfscale.verify import verify
+from tests.jobs import encode_in_process, tiny_job
 from tests.media.pages import no_other_shape
 
 pytest.importorskip("imageio_ffmpeg", reason="reading films needs imageio-ffmpeg")
@@ -197,6 +203,47 @@ def test_bad_files_in_a_folder_are_data_with_a_reason(tmp_path, mp4, gif):
     data = [dataset.read(position) for position in range(3)]
     assert [datum.error is None for datum in data] == [True, False, False]
     assert all(datum.content is None for datum in data[1:])
+
+
+def test_without_the_package_the_caller_is_told_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(CallerError, match=r"pip install 'nfscale\[video\]'"):
+        read(b"")
+    with pytest.raises(CallerError, match=r"pip install 'nfscale\[video\]'"):
+        DATASETS["clips"]().open()
+
+
+def test_films_are_encoded_verified_and_decoded_at_another_rate_and_size(tmp_path, mp4, gif):
+    """Of three films, one is cut off: a row with a reason, and no neighbour's."""
+    films_of = tmp_path / "films"
+    films_of.mkdir()
+    for name, content in (("a.mp4", mp4), ("b.gif", gif), ("c.mp4", mp4[: len(mp4) // 2])):
+        (films_of / name).write_bytes(content)
+    job = tiny_job(
+        tmp_path / "run",
+        dataset={"kind": "folder", "path": str(films_of)},
+        signal={"kind": "video", "resize": [16, 24], "holdout": 3},
+        field={"kind": "mlp", "width": 16, "depth": 2, "omega_0": 10, "weight_scale": 1.5},
+        optimizer={"kind": "esgd", "calibration_data": 2, "warmup": 20},
+        max_failed_fraction=0.5,
+    )
+    folder, summary = encode_in_process(job)
+    assert summary.counts["decode_error"] == 1
+    rows = open_weights(tmp_path / "run").to_arrow(["reason", "metrics", "quality_heldout"]).to_pylist()
+    assert [row["reason"] is None for row in rows] == [True, True, False]
+    assert "damaged or truncated" in rows[2]["reason"]
+    assert dict(rows[0]["metrics"])["psnr_worst_frame_db"] > 5
+    assert rows[0]["quality_heldout"] is not None
+    assert not verify(folder).mismatches
+    for name, shape, expected, rate in (
+        ("x.mp4", None, (6, 16, 24, 3), 12.5),
+        ("x.gif", "25fps", (12, 16, 24, 3), 25),
+        ("y.mp4", "3x20x30", (3, 20, 30, 3), 6.25),
+    ):
+        decode(str(tmp_path / "run"), "a.mp4", tmp_path / name, shape)
+        found = read((tmp_path / name).read_bytes(), name)
+        assert found.values.shape == expected
+        assert found.rate == pytest.approx(rate)
 
 
 # --- measures and pages

@@ -2,17 +2,23 @@
 
 import gzip
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from nfscale.cli.decode import decode
 from nfscale.datasets import DATASETS
+from nfscale.errors import CallerError
 from nfscale.media import nifti
 from nfscale.media.base import nothing_beside
 from nfscale.media.volume import VolumeMedium
 from nfscale.signals import Volume, Voxels
+from nfscale.store import open_weights
+from nfscale.verify import verify
+from tests.jobs import encode_in_process, tiny_job
 from tests.media.pages import no_other_shape
 
 nibabel = pytest.importorskip("nibabel", reason="reading NIfTI needs nibabel")
@@ -208,6 +214,54 @@ def test_bad_files_in_a_folder_are_data_with_a_reason(tmp_path: Path):
     dataset = DATASETS["folder"](str(tmp_path), modality="volume").open()
     data = [dataset.read(position) for position in range(len(dataset.ids))]
     assert [datum.error is None for datum in data] == [True, False, False]
+
+
+def test_without_the_package_the_caller_is_told_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    with pytest.raises(CallerError, match=r"pip install 'nfscale\[volume\]'"):
+        read(b"")
+    with pytest.raises(CallerError, match=r"pip install 'nfscale\[volume\]'"):
+        DATASETS["brain"]().open()
+
+
+def test_volumes_are_encoded_verified_and_decoded_to_where_they_were(tmp_path):
+    """Of four volumes, one is cut off and one holds NaN: rows with a reason."""
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    moved = AFFINE + np.array([[0, 0, 0, 100]] * 3 + [[0] * 4])
+    broken = np.where(VALUES > 150, np.nan, VALUES)
+    (scans / "a.nii.gz").write_bytes(gzip.compress(nifti_bytes(VALUES.T)))
+    (scans / "b.nii").write_bytes(nifti_bytes(VALUES.T[:, ::-1].copy(), moved))
+    (scans / "c.nii").write_bytes(LIES["truncated"][0])
+    (scans / "d.nii").write_bytes(nifti_bytes(broken.T.astype(np.float32)))
+    job = tiny_job(
+        tmp_path / "run",
+        dataset={"kind": "folder", "path": str(scans)},
+        signal={"kind": "volume"},
+        field={"kind": "mlp", "width": 16, "depth": 2, "omega_0": 10, "weight_scale": 1.5},
+        optimizer={"kind": "esgd", "calibration_data": 2, "warmup": 20},
+        max_failed_fraction=0.5,
+    )
+    folder, summary = encode_in_process(job)
+    assert summary.counts["decode_error"] == 2
+    rows = open_weights(tmp_path / "run").to_arrow(["reason", "metrics"]).to_pylist()
+    assert [row["reason"] is None for row in rows] == [True, True, False, False]
+    assert "truncated" in rows[2]["reason"]
+    assert "NaN" in rows[3]["reason"]
+    assert "ssim_worst_slice" in dict(rows[0]["metrics"])
+    assert not verify(folder).mismatches
+    decode(str(tmp_path / "run"), "b.nii", tmp_path / "b.nii.gz", None)
+    whole = nibabel.load(tmp_path / "b.nii.gz")
+    assert whole.shape == VALUES.shape[::-1]
+    np.testing.assert_allclose(whole.affine, moved, atol=1e-4)
+    assert 50 < whole.get_fdata().mean() < 150, "in the data's own unit"
+    decode(str(tmp_path / "run"), "b.nii", tmp_path / "fine.nii", "1mm")
+    fine = nibabel.load(tmp_path / "fine.nii")
+    np.testing.assert_allclose(fine.header.get_zooms(), (1, 1, 1), atol=1e-5)
+    assert fine.shape == (24, 18, 20)
+    decode(str(tmp_path / "run"), "b.nii", tmp_path / "b.png", None)
+    with pytest.raises(CallerError, match=r"cannot write 'b\.gz'"):
+        decode(str(tmp_path / "run"), "b.nii", tmp_path / "b.gz", None)
 
 
 # --- measures and pages
