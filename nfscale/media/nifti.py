@@ -4,6 +4,7 @@ Files come from strangers: a gzip stream of kilobytes may hold gigabytes, and a 
 bounded and compared with what is there before an array is made.
 """
 
+import logging
 import math
 import zlib
 from pathlib import Path
@@ -32,6 +33,7 @@ def library() -> Any:
         import nibabel
     except ImportError as error:
         raise CallerError("NIfTI files need the package nibabel; pip install 'nfscale[volume]'") from error
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # it tells the terminal of each header that it mends
     return nibabel
 
 

@@ -80,25 +80,32 @@ def read_pages(stream: BinaryIO, most_values: int) -> np.ndarray | None:
     Raises:
         ValueError: in a sentence that becomes the row's reason.
     """
-    from PIL import Image
-
     try:
-        with warnings.catch_warnings(), Image.open(stream, formats=["TIFF"]) as image:
-            warnings.simplefilter("ignore")  # the size check is ours, and stricter
-            pages, size, mode = [], image.size, image.mode
-            count = getattr(image, "n_frames", 1)
-            if count == 1:
-                return None
-            each = size[0] * size[1] * len(image.getbands())
-            if each * count > most_values:
-                raise ValueError(
-                    f"too large: {count} pages of {size[0]} x {size[1]} pixels, at most {most_values:,} values are read"
-                )
-            for page in range(count):
-                image.seek(page)
-                if (image.size, image.mode) != (size, mode):
-                    raise ValueError(f"its pages differ: {size} {mode}, and page {page} is {image.size} {image.mode}")
-                pages.append(np.asarray(image))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of metadata that make no sense; the size check is ours, and stricter
+            return _pages_of(stream, most_values)
     except Exception as error:  # a damaged file makes a decoder raise struct.error, IndexError, ...
         raise ValueError(reason_of(error)) from error
-    return np.stack(pages)
+
+
+def _pages_of(stream: BinaryIO, most_values: int) -> np.ndarray | None:
+    from PIL import Image
+
+    with Image.open(stream, formats=["TIFF"]) as image:
+        (width, height), mode, count = image.size, image.mode, getattr(image, "n_frames", 1)
+        if count == 1:
+            return None
+        if width * height * len(image.getbands()) * count > most_values:
+            raise ValueError(
+                f"too large: {count} pages of {width} x {height} pixels, at most {most_values:,} values are read"
+            )
+        pages = []
+        for page in range(count):
+            image.seek(page)
+            if (image.size, image.mode) != ((width, height), mode):
+                raise ValueError(
+                    f"its pages differ: {width} x {height} {mode}, and page {page} is {image.width} x {image.height} "
+                    f"{image.mode}"
+                )
+            pages.append(np.asarray(image))
+        return np.stack(pages)

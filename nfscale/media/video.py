@@ -7,6 +7,7 @@ and a file that ends early is none, where players would show what is left of it.
 import io
 import struct
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -105,8 +106,14 @@ def read_gif(stream: BinaryIO) -> Clip:
     content = stream.read(_MOST_BYTES + 1)
     if len(content) > _MOST_BYTES:
         raise ValueError(f"too large: at most {_MOST_BYTES:,} bytes of a gif are read")
+    from PIL import Image
+
     try:
-        return _gif_of(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the size check is ours, and stricter
+            return _gif_of(content)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"too large: {error}") from error
     except Exception as error:  # a damaged file makes a decoder raise struct.error, IndexError, ...
         raise ValueError(reason_of(error)) from error
 
@@ -129,6 +136,8 @@ def _gif_of(content: bytes) -> Clip:
         while True:
             if len(frames) >= most:
                 raise too_large
+            if image.size != (width, height):  # decoders enlarge the picture, to any size
+                raise ValueError(f"the picture is {width} x {height} pixels, and frame {len(frames)} reaches out of it")
             frames.append(_on_white(image))
             seconds.append(image.info.get("duration", 0) / 1000 or _UNTIMED_SECONDS)
             try:

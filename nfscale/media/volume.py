@@ -113,8 +113,10 @@ def _spread(count: int, most: int) -> np.ndarray:
 def _read_npy(stream: BinaryIO) -> np.ndarray:
     try:
         version = np.lib.format.read_magic(stream)
-        header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, fortran, dtype = header(stream)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"of version {version} of the npy format; 1.0 and 2.0 are read")
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(stream)
         if dtype.kind not in "biuf":
             raise ValueError(f"an array of {dtype}; volumes are integers or floats")
         count = math.prod(shape)

@@ -140,6 +140,14 @@ def test_a_gif_bomb_is_refused_before_it_is_decoded(gif):
         read(bomb, "x.gif")
 
 
+def test_a_frame_that_reaches_out_of_the_picture_is_refused(gif):
+    """Decoders enlarge the picture to hold it, past any check of the picture's own size."""
+    place = gif.index(b",\x00\x00\x00\x00" + struct.pack("<HH", 48, 32))
+    wide = gif[: place + 5] + struct.pack("<HH", 8000, 8000) + gif[place + 9 :]
+    with pytest.raises(ValueError, match="48 x 32 pixels, and frame 0 reaches out of it"):
+        read(wide, "x.gif")
+
+
 def test_a_gif_of_too_many_frames_is_refused(gif, monkeypatch):
     monkeypatch.setattr(films, "MAX_VALUES", 4 * 32 * 48 * 3)
     with pytest.raises(ValueError, match="too large: frames of 48 x 32 pixels, at most 6,144 pixels"):
