@@ -26,7 +26,7 @@ def decode(
     """
     table = open_weights(run)
     medium = MEDIA[table.plan.job["signal"]["kind"]]
-    if out.suffix.lower() not in medium.written:
+    if not out.name.lower().endswith(medium.written):
         raise CallerError(f"cannot write {out.name!r}: decode writes {' and '.join(medium.written)} of this run")
     key = _key(table, datum)
     (wanted,) = table.shapes([key], shape)

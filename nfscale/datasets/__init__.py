@@ -6,6 +6,8 @@ and one line in `DATASETS`.
 """
 
 from nfscale.datasets.base import Dataset, Datum, Opener, Subset, seeded_sample
+from nfscale.datasets.brain import Brain
+from nfscale.datasets.clips import Clips
 from nfscale.datasets.digits import Digits
 from nfscale.datasets.emoji import Emoji
 from nfscale.datasets.fashion_mnist import FashionMnist
@@ -25,6 +27,8 @@ from nfscale.datasets.upper_winds import UpperWinds
 from nfscale.datasets.webdataset import WebDataset
 
 DATASETS: dict[str, type] = {
+    "brain": Brain,
+    "clips": Clips,
     "digits": Digits,
     "emoji": Emoji,
     "fashion_mnist": FashionMnist,

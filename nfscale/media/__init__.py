@@ -7,6 +7,8 @@ from nfscale.media.occupancy import OccupancyMedium
 from nfscale.media.radiance import RadianceMedium
 from nfscale.media.sdf import SdfMedium
 from nfscale.media.sphere import SphereMedium
+from nfscale.media.video import VideoMedium
+from nfscale.media.volume import VolumeMedium
 
 MEDIA: dict[str, Medium] = {
     "audio": AudioMedium(),
@@ -15,6 +17,8 @@ MEDIA: dict[str, Medium] = {
     "radiance": RadianceMedium(),
     "sdf": SdfMedium(),
     "sphere": SphereMedium(),
+    "video": VideoMedium(),
+    "volume": VolumeMedium(),
 }
 
 __all__ = ["MEDIA", "Beside", "Decode", "Medium", "Panel", "nothing_beside"]

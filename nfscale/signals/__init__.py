@@ -11,6 +11,8 @@ from nfscale.signals.radiance import Radiance, Scene
 from nfscale.signals.sdf import Sdf
 from nfscale.signals.solids import Grid, Mesh, Solid
 from nfscale.signals.sphere import Sphere, SphereMap
+from nfscale.signals.video import Clip, Video
+from nfscale.signals.volume import Volume, Voxels
 
 SIGNALS: dict[str, type] = {
     "audio": Audio,
@@ -19,11 +21,14 @@ SIGNALS: dict[str, type] = {
     "radiance": Radiance,
     "sdf": Sdf,
     "sphere": Sphere,
+    "video": Video,
+    "volume": Volume,
 }
 
 __all__ = [
     "SIGNALS",
     "Audio",
+    "Clip",
     "Grid",
     "Image",
     "Kind",
@@ -40,6 +45,9 @@ __all__ = [
     "Sound",
     "Sphere",
     "SphereMap",
+    "Video",
+    "Volume",
+    "Voxels",
     "mean_squared_error",
     "psnr_db",
     "samples_per_axis",

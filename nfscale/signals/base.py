@@ -213,6 +213,29 @@ def require_decodable(samples: int) -> None:
         raise ValueError(f"{samples:,} samples are asked for; at most {MAX_DECODED_SAMPLES:,} are decoded")
 
 
+def in_full_range(array: np.ndarray, what: str) -> np.ndarray:
+    """Integers in units of their full range, floats as they are: float32 in [0, 1].
+
+    Args:
+        what: a noun for the message: `image`.
+
+    Raises:
+        ValueError: if the numbers are none of a picture.
+    """
+    if array.dtype == bool:
+        return array.astype(np.float32)
+    if array.dtype in (np.uint8, np.uint16):
+        return array.astype(np.float32) / np.float32(np.iinfo(array.dtype).max)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"{what}s are uint8, uint16, bool, or floats in [0, 1]; got {array.dtype}")
+    values = array.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError(f"the {what} holds NaN or infinite values")
+    if values.min() < 0 or values.max() > 1:
+        raise ValueError(f"float {what}s are in [0, 1], got values from {values.min():.4g} to {values.max():.4g}")
+    return values
+
+
 class Pointwise:
     """The base of signals whose samples are values of the field at points."""
 

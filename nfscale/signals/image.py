@@ -6,7 +6,7 @@ pixels: that is what makes a stratified draw cover the image (one pixel per bloc
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -17,14 +17,14 @@ from torch.nn import functional
 from nfscale.signals.base import (
     Pointwise,
     Samples,
+    in_full_range,
     mean_squared_error,
     psnr_db,
     require_decodable,
     spectral_centroid,
 )
+from nfscale.signals.grids import cell_centres, z_order
 from nfscale.signals.transforms import PLACES, TransformName, Values, inverse_order_of, order_of, values_of
-
-_SIZES_KEPT = 8  # whose coordinates and orders are remembered: few, since those of a large image take its size over
 
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, what image readers use for "L"
 
@@ -80,9 +80,9 @@ class Image(Pointwise):
         those of the first images."""
         found: dict[str, Any] = {}
         if keys["channels"] == "auto":
-            found["channels"] = _converted(_as_values(contents[0]), keys["convert"]).shape[2]
+            found["channels"] = converted(_as_values(contents[0]), keys["convert"]).shape[2]
         if keys.get("transform") == "standardization":
-            values = np.concatenate([_converted(_as_values(one), keys["convert"]).ravel() for one in contents])
+            values = np.concatenate([converted(_as_values(one), keys["convert"]).ravel() for one in contents])
             measured = {"value_mean": float(values.mean()), "value_deviation": float(values.std()) or 1.0}
             found |= {name: value for name, value in measured.items() if keys.get(name) is None}
         return keys | found
@@ -98,9 +98,9 @@ class Image(Pointwise):
                 f"the image has {channels} channels, the fields of this run have {self.channels}; "
                 "signal.convert=grey or rgb would convert it"
             )
-        order = _z_order(height, width)
+        order = z_order(height, width)
         flat = torch.from_numpy(self._represented(values).reshape(-1, channels)[order])
-        centres = _pixel_centres(height, width)[torch.from_numpy(order)]
+        centres = cell_centres(height, width)[torch.from_numpy(order)]
         if self.holdout is None:
             return Samples(centres, flat)
         held = torch.from_numpy((order // width + order % width) % self.holdout == 0)
@@ -147,7 +147,7 @@ class Image(Pointwise):
 
     def coordinates(self, shape: tuple[int, ...]) -> Tensor:
         height, width = shape
-        return _pixel_centres(height, width)
+        return cell_centres(height, width)
 
     def reconstruct(self, values: Tensor, shape: tuple[int, ...]) -> np.ndarray:
         """[F, H * W, C] in row order -> [F, H, W, C], clamped to [0, 1]."""
@@ -159,7 +159,7 @@ class Image(Pointwise):
 
     def original(self, datum: np.ndarray) -> np.ndarray:
         """The datum as its field represents it: [H, W, C] in [0, 1], for pictures beside reconstructions."""
-        return _resized(_converted(_as_values(datum), self.convert), self.resize)
+        return _resized(converted(_as_values(datum), self.convert), self.resize)
 
     def forward_description(self) -> dict[str, Any]:
         return {
@@ -195,27 +195,21 @@ def _as_values(datum: np.ndarray) -> np.ndarray:
         datum = datum[:, :, None]
     if datum.ndim != 3 or 0 in datum.shape:
         raise ValueError(f"an image is [height, width] or [height, width, channels], got shape {list(datum.shape)}")
-    if datum.dtype == bool:
-        return datum.astype(np.float32)
-    if datum.dtype in (np.uint8, np.uint16):
-        return datum.astype(np.float32) / np.float32(np.iinfo(datum.dtype).max)
-    if not np.issubdtype(datum.dtype, np.floating):
-        raise ValueError(f"images are uint8, uint16, bool, or floats in [0, 1]; got {datum.dtype}")
-    values = datum.astype(np.float32)
-    if not np.isfinite(values).all():
-        raise ValueError("the image holds NaN or infinite values")
-    if values.min() < 0 or values.max() > 1:
-        raise ValueError(f"float images are in [0, 1], got values from {values.min():.4g} to {values.max():.4g}")
-    return values
+    return in_full_range(datum, "image")
 
 
-def _converted(values: np.ndarray, convert: str | None) -> np.ndarray:
+def converted(values: np.ndarray, convert: str | None) -> np.ndarray:
+    """Values [H, W, C] in [0, 1] as grey or rgb; as they are where `convert` is None.
+
+    Raises:
+        ValueError: if there is no such conversion.
+    """
     channels = values.shape[2]
     if convert is None or channels == {"grey": 1, "rgb": 3}[convert]:
         return values
     if channels in (2, 4):  # the last channel is opacity: composite on white, as a page shows it
         opacity = values[:, :, -1:]
-        return _converted(values[:, :, :-1] * opacity + (1 - opacity), convert)
+        return converted(values[:, :, :-1] * opacity + (1 - opacity), convert)
     if convert == "grey" and channels == 3:
         return (values @ _LUMA)[:, :, None]
     if convert == "rgb" and channels == 1:
@@ -229,21 +223,3 @@ def _resized(values: np.ndarray, shape: list[int] | None) -> np.ndarray:
     planes = torch.from_numpy(values).permute(2, 0, 1)[None]
     resized = functional.interpolate(planes, size=tuple(shape), mode="bilinear", antialias=True)
     return resized[0].permute(1, 2, 0).clamp(0, 1).numpy()
-
-
-@lru_cache(maxsize=_SIZES_KEPT)
-def _pixel_centres(height: int, width: int) -> Tensor:
-    """[H * W, 2] in row order."""
-    axes = [(2 * torch.arange(n, dtype=torch.float64) + 1) / n - 1 for n in (height, width)]
-    return torch.cartesian_prod(*axes).to(torch.float32)
-
-
-@lru_cache(maxsize=_SIZES_KEPT)
-def _z_order(height: int, width: int) -> np.ndarray:
-    """Row-order positions [H * W] of the pixels, visited along the Morton curve."""
-    y, x = (index.ravel().astype(np.uint64) for index in np.indices((height, width)))
-    code = np.zeros_like(y)
-    for bit in range(max(height, width).bit_length()):
-        code |= ((x >> np.uint64(bit)) & np.uint64(1)) << np.uint64(2 * bit)
-        code |= ((y >> np.uint64(bit)) & np.uint64(1)) << np.uint64(2 * bit + 1)
-    return np.argsort(code, kind="stable")

@@ -45,6 +45,8 @@ DATA = {
     "radiance": [scene(n) for n in range(3)],
     "sdf": [np.random.default_rng(n).normal(0, 0.1, (5, 6, 4)).astype(np.float32) for n in range(3)],
     "sphere": [np.random.default_rng(n).random((5, 6, CHANNELS)).astype(np.float32) for n in range(3)],
+    "video": [np.random.default_rng(n).random((3, 5, 4, CHANNELS)).astype(np.float32) for n in range(3)],
+    "volume": [np.random.default_rng(n).random((3, 5, 4, CHANNELS)).astype(np.float32) for n in range(3)],
 }
 """Three data of one shape for each kind of signal, with the channels above."""
 
