@@ -321,6 +321,7 @@ class EncodeJob(_Section):
         available, wanted = len(signal.samples(content).values), self.fit.samples
         circumstances = Circumstances(
             target_db=self.fit.target if signal.quality_name.endswith("_db") else None,
+            is_in_db=signal.quality_name.endswith("_db"),
             weights=self.build_field(signal.dimensions, signal.channels).layout.size,
             samples=available if wanted == "full" else min(wanted, available),
             values=available * signal.channels,

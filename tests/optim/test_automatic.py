@@ -8,6 +8,7 @@ from nfscale.optim import METHODS, Circumstances, automatic_kind
 
 TILES = Circumstances(
     target_db=40.0,
+    is_in_db=True,
     weights=12_900,
     samples=256,
     values=12_288,
@@ -24,6 +25,8 @@ TILES = Circumstances(
     [
         ({}, "adam"),
         ({"target_db": None}, "adam"),
+        ({"target_db": None, "is_in_db": False}, "esgd"),
+        ({"target_db": None, "is_in_db": False, "shares_init": False}, "adam"),
         ({"target_db": 50.0}, "muon"),
         ({"target_db": 50.0, "has_hidden_matrices": False}, "adam"),
         ({"target_db": 50.0, "weight_scale": 2.25}, "adam"),
