@@ -331,7 +331,10 @@ class EncodeJob(_Section):
             weight_scale=self.field.weight_scale,
             shares_init=self.field.init == "shared",
         )
-        return self.model_validate(self.model_dump() | {"optimizer": {"kind": automatic_kind(circumstances)}})
+        try:
+            return self.model_validate(self.model_dump() | {"optimizer": {"kind": automatic_kind(circumstances)}})
+        except ValidationError:  # of a kind that other keys of the job do not go with, such as its checks
+            return self.model_validate(self.model_dump() | {"optimizer": {"kind": "adam"}})
 
     def build_optimizer(self, samples_per_step: int) -> Any:
         """The optimiser for steps of this many samples; of `kind: auto` before the job is settled, its name alone."""

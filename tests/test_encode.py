@@ -412,6 +412,9 @@ def test_the_centroid_of_winner_is_measured_in_the_first_data_and_stays_with_the
         tiny_job(tmp_path, "field.initialization=winner", "signal.kind=occupancy", "dataset.kind=shapes")
 
 
+WORDS = ["fit.samples=16", "signal.kind=audio", "dataset.kind=speech", "dataset.limit=4"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "kind"),
     [
@@ -423,6 +426,8 @@ def test_the_centroid_of_winner_is_measured_in_the_first_data_and_stays_with_the
         (["fit.samples=16", "fit.target=60", "field.depth=1"], "adam"),
         (["fit.samples=16", "fit.target=60", "field.kind=hash_grid"], "adam"),
         (["fit.samples=16"], "adam"),
+        ([*WORDS, "fit.target=30"], "esgd"),
+        ([*WORDS, "fit.target=30", "fit.check_every=15"], "adam"),  # with which ESGD's probes every 10 steps do not go
     ],
 )
 def test_an_automatic_optimiser_is_decided_with_the_first_data_and_stays_with_the_run(tmp_path, overrides, kind):
