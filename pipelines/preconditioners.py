@@ -1,6 +1,6 @@
 """Preconditioners at the settings of their paper, and each at its own rates with its cost counted.
 
-    python -m pipelines.preconditioners --small      # a quarter of an hour on two cores
+    python -m pipelines.preconditioners --small      # six minutes on two cores
     python -m pipelines.preconditioners              # the paper's sizes and all rates: a job for a GPU or a cluster
 
 Chng, Saratchandran & Lucey, "Preconditioners for the Stochastic Training of Neural Fields" (CVPR 2025) compare Adam
@@ -926,7 +926,7 @@ def _alone() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, compare, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="a quarter of an hour on two cores")
+    parser.add_argument("--small", action="store_true", help="six minutes on two cores")
     parser.add_argument("--output", type=Path, default=Path("runs/preconditioners"))
     parser.add_argument("--steps", type=int, help="of every fit, a multiple of 10: a trial")
     parser.add_argument(
