@@ -1,6 +1,6 @@
 """Which optimiser reaches a quality in the fewest device-seconds: the measurements behind `optimizer.kind: auto`.
 
-    python -m pipelines.optimizer_rule                    # a quarter of an hour on one core
+    python -m pipelines.optimizer_rule                    # half an hour of one core
     python -m pipelines.optimizer_rule --tasks photos     # and the leads that were followed there
 
 The photographs, words and meshes of the shipped jobs, with their fields, samples per step and initialization, on data

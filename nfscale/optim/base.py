@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -62,6 +62,15 @@ class Optimizer(Protocol):
 
     def wants_curvature(self, step: Tensor) -> Tensor:
         """Whether a field at this step [F] wants a Hessian-vector product: bool [F]."""
+        ...
+
+
+@runtime_checkable
+class SeveralRates(Protocol):
+    """An optimiser that has not one learning rate for all params."""
+
+    def rates(self, params: Params) -> dict[str, float]:
+        """The learning rate of each tensor, by name."""
         ...
 
 

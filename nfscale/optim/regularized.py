@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from nfscale.layout import Params
-from nfscale.optim.base import Extra, Need, Optimizer, State, map_params, step_size, times
-from nfscale.optim.muon import Muon
+from nfscale.optim.base import Extra, Need, Optimizer, SeveralRates, State, map_params, step_size, times
 from nfscale.optim.schedules import Schedule
 
 
@@ -64,7 +63,8 @@ class Regularized:
         updates, state = self.inner.update(grads, state, params, extra)
         if not self.weight_decay:
             return updates, state
-        rates = self.inner.rates(params) if isinstance(self.inner, Muon) else dict.fromkeys(params, self.learning_rate)
+        one_for_all = dict.fromkeys(params, self.learning_rate)
+        rates = self.inner.rates(params) if isinstance(self.inner, SeveralRates) else one_for_all
         decayed = {}
         for name, update in updates.items():
             size = -self.weight_decay * step_size(rates[name], self.schedule, extra)

@@ -236,6 +236,14 @@ def in_full_range(array: np.ndarray, what: str) -> np.ndarray:
     return values
 
 
+def number_in(text: str) -> float:
+    """The number that a text is; 0 of one that is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
 class Pointwise:
     """The base of signals whose samples are values of the field at points."""
 

@@ -19,9 +19,9 @@ from nfscale.signals.base import (
     Samples,
     in_full_range,
     mean_squared_error,
+    number_in,
     psnr_db,
     require_decodable,
-    spectral_centroid,
 )
 from nfscale.signals.grids import cell_centres, z_order
 from nfscale.signals.image import converted
@@ -107,10 +107,6 @@ class Video(Pointwise):
             raise ValueError(f"of {count} frames, signal.holdout={self.holdout} holds none back")
         return Samples(centres[~held], values[~held], heldout=Samples(centres[held], values[held]))
 
-    def spectral_centroid(self, content: Any) -> float:
-        """Of what a field represents of the film, along the rows of its frames."""
-        return spectral_centroid(self.original(content).values - np.float32(_SHIFT))
-
     def loss(self, predicted: Tensor, samples: Samples) -> Tensor:
         return mean_squared_error(predicted, samples)
 
@@ -146,7 +142,7 @@ class Video(Pointwise):
         if len(parts) == 3 and all(part.isdecimal() and int(part) > 0 for part in parts):
             frames, height, width = map(int, parts)
             rate = frames / seconds
-        elif len(parts) == 1 and parts[0].endswith("fps") and 0 < (asked := _number(parts[0][:-3])) <= MAX_RATE:
+        elif len(parts) == 1 and parts[0].endswith("fps") and 0 < (asked := number_in(parts[0][:-3])) <= MAX_RATE:
             frames, rate = max(1, round(seconds * asked)), asked
         else:
             raise ValueError(
@@ -215,11 +211,3 @@ def _checked(content: Any) -> Clip:
 
 def _in_range(values: np.ndarray) -> np.ndarray:
     return in_full_range(values, "film")
-
-
-def _number(text: str) -> float:
-    """0 of what is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return 0.0

@@ -18,9 +18,9 @@ from nfscale.signals.base import (
     Pointwise,
     Samples,
     mean_squared_error,
+    number_in,
     psnr_db,
     require_decodable,
-    spectral_centroid,
 )
 from nfscale.signals.grids import cell_centres, z_order
 
@@ -148,10 +148,6 @@ class Volume(Pointwise):
         span = sides.max() if self.span == "auto" else self.span
         return (cell_centres(*sizes) * torch.tensor(sides / span, dtype=torch.float32)).clamp(-1, 1)
 
-    def spectral_centroid(self, content: Any) -> float:
-        """Of what a field represents of the volume, along x."""
-        return spectral_centroid(self._scaled(_checked(content, self.spacing).values))
-
     def loss(self, predicted: Tensor, samples: Samples) -> Tensor:
         return mean_squared_error(predicted, samples)
 
@@ -175,7 +171,7 @@ class Volume(Pointwise):
         parts = text.lower().split("x")
         if len(parts) == 3 and all(part.isdecimal() and int(part) > 0 for part in parts):
             sizes = tuple(map(int, parts))
-        elif len(parts) == 1 and parts[0].endswith("mm") and 0 < (cell := _number(parts[0][:-2])) < np.inf:
+        elif len(parts) == 1 and parts[0].endswith("mm") and 0 < (cell := number_in(parts[0][:-2])) < np.inf:
             sides = np.array(fitted[:3]) * Voxels(np.empty(0), _affine_of(fitted)).spacing
             sizes = tuple(int(one) for one in np.maximum(1, np.rint(np.minimum(sides / cell, 1e6))))
         else:
@@ -286,11 +282,3 @@ def _checked(content: Any, spacing: Sequence[float] | None) -> Voxels:
 
 def _is_range(pair: Any) -> bool:
     return isinstance(pair, tuple) and len(pair) == 2 and bool(np.isfinite(pair).all()) and pair[0] < pair[1]
-
-
-def _number(text: str) -> float:
-    """0 of what is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return 0.0
