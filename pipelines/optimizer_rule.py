@@ -29,8 +29,9 @@ from nfscale.engine.dispatch import chosen
 from nfscale.engine.problem import FieldProblem
 from nfscale.engine.step import stack_samples
 from nfscale.fields import Field, theta0_of
+from nfscale.fields.recast import Recast
 from nfscale.job import load_job
-from nfscale.layout import Layout, Params
+from nfscale.layout import Params
 from nfscale.optim import ESGD, KFAC, LBFGS, SOAP, Adam, Muon, Schedule
 from nfscale.rng import Stream, as_tensor, datum_seed, rademacher
 from nfscale.signals import Samples
@@ -166,32 +167,6 @@ def _esgd(task: Task, rate: float, budget: int, field: Any = None, row: Tensor |
 # --- leads
 
 
-@dataclass(frozen=True)
-class Recast:
-    """A field whose params are those of another in other coordinates, which its data share."""
-
-    field: Any
-    original: Callable[[Params], Params]
-    """From the new coordinates to the field's own."""
-
-    @property
-    def layout(self) -> Layout:
-        return self.field.layout
-
-    @property
-    def width(self) -> int:
-        return self.field.width
-
-    def init(self, seeds: Tensor) -> Params:
-        raise NotImplementedError("a recast field starts from a given row")
-
-    def apply(self, params: Params, coordinates: Tensor) -> Tensor:
-        return self.field.apply(self.original(params), coordinates)
-
-    def forward_description(self) -> dict[str, Any]:
-        return {"kind": "recast", "keys": {}, "field": self.field.forward_description()}
-
-
 def in_kronecker_basis(task: Task) -> tuple[Field, Tensor]:
     """Coordinates in the eigenvectors of the Kronecker factors of the Gauss-Newton matrix at theta0, pooled over data.
 
@@ -216,7 +191,8 @@ def in_kronecker_basis(task: Task) -> tuple[Field, Tensor]:
         return result
 
     layout = task.field.layout
-    return Recast(task.field, partial(turned, back=False)), layout.ravel(turned(layout.unravel(row[None]), True))[0]
+    field = Recast(task.field, partial(turned, back=False), partial(turned, back=True))
+    return field, layout.ravel(field.recast(layout.unravel(row[None])))[0]
 
 
 def in_equilibrated_coordinates(task: Task) -> tuple[Field, Tensor]:
@@ -232,7 +208,12 @@ def in_equilibrated_coordinates(task: Task) -> tuple[Field, Tensor]:
     diagonal = (square / 4).sqrt()
     root = (diagonal + 0.01 * diagonal.mean()).sqrt()[None]
     scale = layout.unravel(root)
-    return Recast(task.field, lambda params: {n: p / scale[n] for n, p in params.items()}), row * root[0]
+    field = Recast(
+        task.field,
+        lambda params: {name: tensor / scale[name] for name, tensor in params.items()},
+        lambda params: {name: tensor * scale[name] for name, tensor in params.items()},
+    )
+    return field, row * root[0]
 
 
 def _lead_of_adam(task: Task, rate: float) -> list[Found]:

@@ -8,7 +8,7 @@ from nfscale.diagnose.hessian import (
     hessian_along_training,
 )
 from nfscale.diagnose.kernel import KernelStatistics, kernel_along_training, kernel_statistics, tangent_kernel
-from nfscale.diagnose.rates import RatesByLayer, RatesStatistics, rates_compared
+from nfscale.diagnose.rates import RatesStatistics, rates_by_layer, rates_compared
 from nfscale.diagnose.spectrum import SpectrumStatistics, field_spectrum, power_spectrum, spectrum_statistics
 from nfscale.diagnose.subject import Subject, subject_of
 from nfscale.diagnose.training import Moment, along_training
@@ -19,7 +19,6 @@ __all__ = [
     "KernelStatistics",
     "LayerStatistics",
     "Moment",
-    "RatesByLayer",
     "RatesStatistics",
     "SpectrumStatistics",
     "Subject",
@@ -31,6 +30,7 @@ __all__ = [
     "kernel_statistics",
     "layer_statistics",
     "power_spectrum",
+    "rates_by_layer",
     "rates_compared",
     "spectrum_statistics",
     "subject_of",

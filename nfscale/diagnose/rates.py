@@ -9,44 +9,28 @@ its lead is no matter of rates. The reverse gives SIREN the speed of weight scal
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
-
-from torch import Tensor
+from functools import partial
 
 from nfscale.diagnose.subject import Subject
 from nfscale.engine import Fitted, Stop, fit
 from nfscale.errors import CallerError
 from nfscale.fields import MLP, theta0_of
-from nfscale.layout import Layout, Params
+from nfscale.fields.recast import Recast
+from nfscale.layout import Params
 from nfscale.signals import Samples
 
 
-@dataclass(frozen=True)
-class RatesByLayer:
-    """A field whose params are those of another, divided by a factor for each layer.
+def rates_by_layer(field: MLP, factors: tuple[float, ...]) -> Recast:
+    """The field with its params divided by a factor for each layer.
 
-    An optimiser that does not mind how gradients are scaled, such as Adam, moves the other's params at its rate times
-    the factor.
+    An optimiser that does not mind how gradients are scaled, such as Adam, moves the field's own params at its rate
+    times the factor.
     """
 
-    field: MLP
-    factors: tuple[float, ...]
+    def times(params: Params, power: int) -> Params:
+        return {name: tensor * factors[int(name.split(".")[1])] ** power for name, tensor in params.items()}
 
-    @property
-    def layout(self) -> Layout:
-        return self.field.layout
-
-    def init(self, seeds: Tensor) -> Params:
-        return self._times(self.field.init(seeds), -1)
-
-    def apply(self, params: Params, coordinates: Tensor) -> Tensor:
-        return self.field.apply(self._times(params, 1), coordinates)
-
-    def forward_description(self) -> dict[str, Any]:
-        return {"kind": "rates by layer", "keys": {"factors": self.factors}, "field": self.field.forward_description()}
-
-    def _times(self, params: Params, power: int) -> Params:
-        return {name: tensor * self.factors[int(name.split(".")[1])] ** power for name, tensor in params.items()}
+    return Recast(field, partial(times, power=1), partial(times, power=-1))
 
 
 @dataclass(frozen=True)
@@ -80,15 +64,17 @@ def rates_compared(subject: Subject, steps: int, target: float) -> Iterator[tupl
         )
     siren = replace(field, weight_scale=1.0)
     speeds = [*(field.weight_scale ** (field.depth - 1 - layer) for layer in range(field.depth)), 1.0]
+    plain, scaled = (1.0,) * len(speeds), f"weight scale {field.weight_scale:g}"
     cases = {
-        "SIREN": RatesByLayer(siren, (1.0,) * len(speeds)),
-        "SIREN at the speed of weight scaling": RatesByLayer(siren, tuple(speeds)),
-        f"weight scale {field.weight_scale:g}": RatesByLayer(field, (1.0,) * len(speeds)),
-        f"weight scale {field.weight_scale:g} at the speed of SIREN": RatesByLayer(field, tuple(1 / s for s in speeds)),
+        "SIREN": (siren, plain),
+        "SIREN at the speed of weight scaling": (siren, tuple(speeds)),
+        scaled: (field, plain),
+        f"{scaled} at the speed of SIREN": (field, tuple(1 / speed for speed in speeds)),
     }
     samples = Samples(subject.samples.coordinates, subject.samples.values, subject.samples.mask)
     optimizer = subject.optimizer()
-    for name, case in cases.items():
+    for name, (own, factors) in cases.items():
+        case = rates_by_layer(own, factors)
         stop = Stop(steps, check_every=max(1, steps // 100), max_restarts=0)
         (fitted,) = fit(
             case,
@@ -103,5 +89,5 @@ def rates_compared(subject: Subject, steps: int, target: float) -> Iterator[tupl
         )
         history = zip(fitted.history_step, fitted.history_quality, strict=True)
         reached = next((float(step) for step, quality in history if quality >= target), math.inf)
-        rates = "/".join(f"{factor:.3g}" for factor in case.factors)
+        rates = "/".join(f"{factor:.3g}" for factor in factors)
         yield RatesStatistics(name, rates, fitted.quality, reached), fitted

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from nfscale.diagnose import RatesByLayer, rates_compared, subject_of
+from nfscale.diagnose import rates_by_layer, rates_compared, subject_of
 from nfscale.engine.step import plain_gradient
 from nfscale.errors import CallerError
 from nfscale.fields import MLP, theta0_of
@@ -24,14 +24,14 @@ SEEDS = as_tensor([datum_seed(0, "a"), datum_seed(0, "b")])
 
 
 def test_a_step_of_adam_is_the_rate_times_the_factor_of_its_layer():
-    case, adam = RatesByLayer(FIELD, FACTORS), Adam(1e-3, Schedule("constant"), epsilon=0.0)
+    case, adam = rates_by_layer(FIELD, FACTORS), Adam(1e-3, Schedule("constant"), epsilon=0.0)
     rows = case.layout.ravel(case.init(SEEDS))
-    torch.testing.assert_close(case.apply(case.init(SEEDS), torch.rand(1, 9, 2)).shape, torch.Size([2, 9, 1]))
+    assert case.apply(case.init(SEEDS), torch.rand(1, 9, 2)).shape == (2, 9, 1)
     _, grads = plain_gradient(case, Image(1), rows, stacked(data_of(2)))
     updates, _ = adam.update(
         {"rows": grads}, adam.init({"rows": rows}), {}, Extra(torch.zeros(2).long(), torch.ones(2))
     )
-    before, after = (case._times(case.layout.unravel(r), 1) for r in (rows, rows + updates["rows"]))
+    before, after = (case.original(case.layout.unravel(r)) for r in (rows, rows + updates["rows"]))
     for name, tensor in before.items():
         moved = (after[name] - tensor).abs()
         expected = torch.full_like(moved, 1e-3 * FACTORS[int(name.split(".")[1])])
@@ -40,7 +40,7 @@ def test_a_step_of_adam_is_the_rate_times_the_factor_of_its_layer():
 
 def test_the_start_is_that_of_the_field_itself():
     coordinates = torch.rand(1, 20, 2, generator=torch.Generator().manual_seed(0))
-    case = RatesByLayer(FIELD, FACTORS)
+    case = rates_by_layer(FIELD, FACTORS)
     torch.testing.assert_close(case.apply(case.init(SEEDS), coordinates), FIELD.apply(FIELD.init(SEEDS), coordinates))
     assert not torch.equal(theta0_of(case, 0), theta0_of(FIELD, 0))
 
