@@ -5,7 +5,16 @@ import torch
 
 from nfscale.optim import Adam, Extra, Muon
 from nfscale.optim.muon import hidden_names, orthogonalised
-from tests.optim.descents import CONSTANT, SCHEDULE, SEEDS, bowls, descend, mlp_losses, mlp_params, one, quadratic
+from tests.optim.descents import (
+    CONSTANT,
+    SCHEDULE,
+    assert_alone_as_among_others_that_begin_anew,
+    bowls,
+    descend,
+    mlp_params,
+    one,
+    quadratic,
+)
 
 HIDDEN = "layers.1.weight"
 MUON = Muon(0.01, SCHEDULE, adam_learning_rate=2e-3)
@@ -89,15 +98,7 @@ def test_hidden_are_the_weights_of_layers_between_the_first_and_the_last():
 
 
 def test_a_field_is_the_same_alone_and_among_others_that_begin_anew():
-    start = mlp_params()
-    together, steps = descend(MUON, mlp_losses(), start, 40, resets={13: 1})
-    assert steps.tolist() == [40, 27, 40]
-    for index, rate in ((0, 1.0), (2, 0.5)):
-        own = slice(index, index + 1)
-        alone, _ = descend(MUON, mlp_losses(own), one(start, index), 40, rate=[rate], seeds=SEEDS[own])
-        for name, tensor in alone.items():
-            torch.testing.assert_close(together[name][own], tensor, rtol=1e-6, atol=1e-8)
-    assert (mlp_losses()(together) < mlp_losses()(start)).all()
+    assert_alone_as_among_others_that_begin_anew(MUON)
 
 
 def test_a_quadratic_of_one_hidden_matrix_is_descended():

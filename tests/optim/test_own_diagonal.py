@@ -10,6 +10,7 @@ from tests.optim.descents import (
     FIELD,
     SCHEDULE,
     SEEDS,
+    assert_alone_as_among_others_that_begin_anew,
     bowls,
     descend,
     mlp_losses,
@@ -190,15 +191,7 @@ CASES = {
 
 @pytest.mark.parametrize("kind", CASES)
 def test_a_field_is_the_same_alone_and_among_others_that_begin_anew(kind):
-    optimizer, start = CASES[kind], mlp_params()
-    together, steps = descend(optimizer, mlp_losses(), start, 40, resets={13: 1})
-    assert steps.tolist() == [40, 27, 40]
-    for index, rate in ((0, 1.0), (2, 0.5)):
-        own = slice(index, index + 1)
-        alone, _ = descend(optimizer, mlp_losses(own), one(start, index), 40, rate=[rate], seeds=SEEDS[own])
-        for name, tensor in alone.items():
-            # The products of a lone field take another path through the matrix library; 40 steps amplify the rounding.
-            torch.testing.assert_close(together[name][own], tensor, rtol=1e-6, atol=1e-8)
+    assert_alone_as_among_others_that_begin_anew(CASES[kind])
 
 
 @pytest.mark.parametrize("kind", CASES)

@@ -7,12 +7,9 @@ from nfscale.optim import SOAP, Adam, Extra
 from tests.optim.descents import (
     CONSTANT,
     SCHEDULE,
-    SEEDS,
+    assert_alone_as_among_others_that_begin_anew,
     bowls,
     descend,
-    mlp_losses,
-    mlp_params,
-    one,
     quadratic,
     set_back,
 )
@@ -166,15 +163,7 @@ OPTIMIZER = SOAP(2e-3, SCHEDULE, update_every=4)
 
 
 def test_a_field_is_the_same_alone_and_among_others_that_begin_anew():
-    start = mlp_params()
-    together, steps = descend(OPTIMIZER, mlp_losses(), start, 40, resets={13: 1})
-    assert steps.tolist() == [40, 27, 40]
-    for index, rate in ((0, 1.0), (2, 0.5)):
-        own = slice(index, index + 1)
-        alone, _ = descend(OPTIMIZER, mlp_losses(own), one(start, index), 40, rate=[rate], seeds=SEEDS[own])
-        for name, tensor in alone.items():
-            torch.testing.assert_close(together[name][own], tensor, rtol=1e-6, atol=1e-8)
-    assert (mlp_losses()(together) < mlp_losses()(start)).all()
+    assert_alone_as_among_others_that_begin_anew(OPTIMIZER)
 
 
 def test_a_quadratic_of_a_matrix_is_descended():
