@@ -162,6 +162,12 @@ class RayPool:
         self._ray.kill(worker.actor)
         self._add()
 
+    def cancel(self, worker: str) -> None:
+        """Ray does not interrupt a call that runs: the actor is killed."""
+        self._replace(self._workers[worker])
+
+    def want(self, workers: int) -> None: ...
+
     def close(self) -> None:
         for worker in self._workers.values():
             self._ray.kill(worker.actor)
