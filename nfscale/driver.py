@@ -118,6 +118,7 @@ class InProcessPool:
 
     def poll(self, seconds: float) -> list[Event]:
         if self._lease is None or self._work is None:
+            time.sleep(seconds)  # until what waits may be tried again
             return []
         worker = self._lease.worker
         try:

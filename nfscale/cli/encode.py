@@ -151,7 +151,7 @@ def _pool(job: EncodeJob, folder: RunFolder) -> Pool:
         return InProcessPool(folder)
     from nfscale.distributed import RayPool
 
-    return RayPool(folder, job.workers, job.max_workers)
+    return RayPool(folder, job.workers, job.max_workers, job.workers_per_gpu)
 
 
 def _device() -> str:

@@ -438,8 +438,8 @@ def _commit_file(shard: str) -> str:
 
 def _differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """Dotted keys whose values differ, without those that change no result."""
-    free = {"output", "workers", "max_workers", "track", "checkpoint_minutes", "max_failed_fraction", "name"}
-    free |= {"fit.batch", "fit.step", "store.shard_fields", "store.ipc_copy"}
+    free = {"output", "workers", "max_workers", "workers_per_gpu", "track", "checkpoint_minutes", "name"}
+    free |= {"max_failed_fraction", "fit.batch", "fit.step", "store.shard_fields", "store.ipc_copy"}
     for key in one.keys() | other.keys():
         name = prefix + key
         if name in free or one.get(key) == other.get(key):
