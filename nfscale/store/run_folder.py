@@ -33,6 +33,8 @@ from nfscale.store.schema import LabelType
 REPORT = "review/report.html"
 REVIEW_SUMMARY = "review/summary.json"
 CONVERGENCE = "review/convergence.parquet"
+WORST_TABLE = "review/worst.json"
+JOB_FILE = "review/job.yaml"
 IPC_COPY = "weights.arrow"
 
 
