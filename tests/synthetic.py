@@ -1,6 +1,6 @@
 """A run folder as large as one likes, without fitting anything: rows are drawn, commits say what workers might.
 
-    python -m tests.synthetic runs/large 1000000
+python -m tests.synthetic runs/large 1000000
 """
 
 import sys
@@ -63,7 +63,9 @@ def synthetic_run(output: Path | str, count: int, seed: int = 0) -> RunFolder:
         worker = int(free.argmin())
         seconds = float(draw.uniform(8, 16)) * (2.0 if worker == 3 else 1.0)
         free[worker] += seconds
-        folder.commit(_commit(folder, shard, table, name, order, f"node-{worker // 4}-worker-{worker}", free[worker], seconds))
+        folder.commit(
+            _commit(folder, shard, table, name, order, f"node-{worker // 4}-worker-{worker}", free[worker], seconds)
+        )
     folder.finish(count)
     return folder
 

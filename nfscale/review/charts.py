@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
 from nfscale.review.drawing import BLUE, INK, ORANGE, inline, new
 from nfscale.store.history import Curves
@@ -14,6 +15,7 @@ _MOST_BINS = 60
 _MOST_WORKERS = 40  # lanes that can still be read
 _MOST_POINTS = 1500  # of a scatter: each is an element of the page
 _TIME_BINS = 120
+_FILLED = LinearSegmentedColormap.from_list("filled", [to_rgba(BLUE, 0), to_rgba(BLUE, 0.9)])
 _QUANTILES = np.linspace(0, 100, 401)
 
 
@@ -38,7 +40,8 @@ def ecdf(quality: np.ndarray, target: float | None, unit: str) -> str:
     if target is not None:
         below = 100 * float((quality < target).mean())
         axes.axhline(below, color=ORANGE, linewidth=0.8, linestyle=":")
-        axes.annotate(f"{below:.1f} % below", (low, below), color=ORANGE, fontsize=9, va="bottom")
+        place = (low, below)
+        axes.annotate(f"{below:.1f} % below", place, (4, 2), textcoords="offset points", color=ORANGE, fontsize=9)
     _mark_target(axes, target)
     axes.set_xlim(low, high)
     axes.set_ylim(0, 100)
@@ -121,36 +124,31 @@ def groups(names: Sequence[str], quality: Sequence[np.ndarray], target: float | 
 
 
 def throughput(ends: np.ndarray, seconds: np.ndarray, rows: np.ndarray) -> str:
-    """Fields per second over wall time; each shard counts evenly over the time it took. Minutes since the first."""
+    """Fields per second over wall time; each shard counts evenly over the time it took."""
     figure, axes = new()
     edges, per_bin = _spread(ends, seconds, rows)
-    axes.fill_between(edges[:-1] / 60, per_bin / np.diff(edges), step="post", color=BLUE, alpha=0.4, linewidth=0)
-    axes.step(edges[:-1] / 60, per_bin / np.diff(edges), where="post", color=BLUE, linewidth=1.2)
+    scale, name = _time_unit(edges[-1])
+    axes.fill_between(edges[:-1] / scale, per_bin / np.diff(edges), step="post", color=BLUE, alpha=0.4, linewidth=0)
+    axes.step(edges[:-1] / scale, per_bin / np.diff(edges), where="post", color=BLUE, linewidth=1.2)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("wall time [min]")
+    axes.set_xlabel(f"wall time [{name}]")
     axes.set_ylabel("fields per second, all workers")
     return inline(figure, "Fields per second over time")
 
 
 def utilisation(workers: Sequence[str], ends: Sequence[np.ndarray], seconds: Sequence[np.ndarray]) -> str:
-    """When each worker worked on a shard: a lane each, the darker the busier. The busiest `_MOST_WORKERS` of them."""
+    """When each worker worked on a shard: a lane each, the fuller the busier. The busiest `_MOST_WORKERS` of them."""
     shown = np.argsort([-s.sum() for s in seconds], kind="stable")[:_MOST_WORKERS]
     first = min((e - s).min() for e, s in zip(ends, seconds, strict=True))
     last = max(e.max() for e in ends)
     figure, axes = new(6.2, 0.9 + 0.2 * len(shown))
     busy = np.stack([_spread(ends[i], seconds[i], seconds[i], (first, last))[1] for i in shown])
     share = (busy / max((last - first) / _TIME_BINS, 1e-9)).clip(0, 1)
-    axes.imshow(
-        share,
-        aspect="auto",
-        cmap="Blues",
-        vmin=0,
-        vmax=1,
-        interpolation="nearest",
-        extent=(0, (last - first) / 60, len(shown), 0),
-    )
+    scale, name = _time_unit(last - first)
+    extent = (0, (last - first) / scale, len(shown), 0)
+    axes.imshow(share, aspect="auto", cmap=_FILLED, vmin=0, vmax=1, interpolation="nearest", extent=extent)
     axes.set_yticks(np.arange(len(shown)) + 0.5, [workers[i][-24:] for i in shown], fontsize=8)
-    axes.set_xlabel("wall time [min]  (white: idle, dark: at work on a shard)")
+    axes.set_xlabel(f"wall time [{name}]  (filled: at work on a shard, empty: idle)")
     return inline(figure, "When each worker worked")
 
 
@@ -186,9 +184,15 @@ def _mark_target(axes, target: float | None, text: bool = True) -> None:
         return
     axes.axvline(target, color=ORANGE, linewidth=1.5)
     if text:
-        place = (target, 1)
         axes.annotate(
-            f" target {target:g}", place, xycoords=("data", "axes fraction"), color=ORANGE, va="top", fontsize=9
+            f"target {target:g}",
+            (target, 1),
+            (4, 0),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            color=ORANGE,
+            va="top",
+            fontsize=9,
         )
 
 
@@ -198,6 +202,13 @@ def _span(values: np.ndarray) -> tuple[float, float]:
     reach = 0.5 * (middle_high - middle_low)
     low, high = max(low, middle_low - reach), min(high, middle_high + reach)
     return (float(low), float(high)) if high > low else (float(low) - 0.5, float(low) + 0.5)
+
+
+def _time_unit(seconds: float) -> tuple[float, str]:
+    """In seconds, and its name, for an axis of this length."""
+    if seconds < 180:
+        return 1.0, "s"
+    return (60.0, "min") if seconds < 10_800 else (3600.0, "h")
 
 
 def _bins(values: np.ndarray) -> int:

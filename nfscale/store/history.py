@@ -1,6 +1,6 @@
 """What the histories of many fields say together."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -34,13 +34,13 @@ def quality_quantiles(histories: pa.Table, percentiles: Sequence[float]) -> Curv
     A field counts with the best quality it has had up to a step, and keeps it after it has stopped: that
     is what is stored.
     """
-    lists = _lists(histories)
-    if not lists:
+    curves = [curve for curve in _curves(histories) if curve is not None]
+    if not curves:
         return (np.empty(0, dtype=np.int64), *(np.empty(0) for _ in percentiles))
-    grid = np.unique(np.concatenate([steps for steps, _, _ in lists]))
+    grid = np.unique(np.concatenate([steps for steps, _ in curves]))
     if len(grid) > _POINTS:
         grid = grid[np.linspace(0, len(grid) - 1, _POINTS).round().astype(int)]
-    return _quantiles([(steps, quality) for steps, quality, _ in lists], grid, percentiles)
+    return _quantiles(curves, grid, percentiles)
 
 
 def quality_over_seconds(histories: pa.Table, percentiles: Sequence[float]) -> Curves:
@@ -49,25 +49,23 @@ def quality_over_seconds(histories: pa.Table, percentiles: Sequence[float]) -> C
     The seconds of a field are those of the steps it took part in, divided among the fields of its batch, and
     are taken to be the same for each of its steps.
     """
-    lists = [
-        (steps * seconds_per_step, quality)
-        for steps, quality, seconds_per_step in _lists(histories)
-        if seconds_per_step
+    costs = zip(_curves(histories), histories["steps"].to_pylist(), histories["wall_seconds"].to_pylist(), strict=True)
+    curves = [
+        (curve[0] * (seconds / steps), curve[1])
+        for curve, steps, seconds in costs
+        if curve is not None and steps and seconds
     ]
-    if not lists:
+    if not curves:
         return (np.empty(0), *(np.empty(0) for _ in percentiles))
-    grid = np.linspace(0, np.percentile([seconds[-1] for seconds, _ in lists], 99), _POINTS // 2)
-    return _quantiles(lists, grid, percentiles)
+    grid = np.linspace(0, np.percentile([seconds[-1] for seconds, _ in curves], 99), _POINTS // 2)
+    return _quantiles(curves, grid, percentiles)
 
 
-def _lists(histories: pa.Table) -> list[tuple[np.ndarray, np.ndarray, float]]:
-    """Of each field that has any: steps [K] and best quality so far [K] at its checks; seconds per step, or 0."""
-    columns = (histories[name].to_pylist() for name in _COLUMNS)
-    return [
-        (np.asarray(at), np.fmax.accumulate(np.asarray(quality, dtype=np.float32)), (seconds or 0.0) / (steps or 1))
-        for at, quality, steps, seconds in zip(*columns, strict=True)
-        if at
-    ]
+def _curves(histories: pa.Table) -> Iterator[tuple[np.ndarray, np.ndarray] | None]:
+    """Of each field: steps [K] and best quality so far [K] at its checks; None where it has none."""
+    columns = (histories[name].to_pylist() for name in ("history_step", "history_quality"))
+    for steps, quality in zip(*columns, strict=True):
+        yield (np.asarray(steps), np.fmax.accumulate(np.asarray(quality, dtype=np.float32))) if steps else None
 
 
 def _quantiles(curves: list[tuple[np.ndarray, np.ndarray]], grid: np.ndarray, percentiles: Sequence[float]) -> Curves:

@@ -15,7 +15,7 @@ Readers open only what the commits name, so a killed or late attempt leaves noth
 import base64
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -258,7 +258,9 @@ class RunFolder:
         """
         if frozen.fingerprint == fingerprint:
             return
-        differing = sorted(_differences(frozen.job, job))
+        differing = [
+            f"{k} ({was!r} in the folder, {now!r} now)" for k, (was, now) in differing_keys(frozen.job, job).items()
+        ]
         what = f"they differ in {', '.join(differing)}" if differing else "its dataset has other ids now"
         raise CallerError(
             f"{self} belongs to another job: {what}; choose another output, or repeat the job it was made with"
@@ -376,15 +378,17 @@ def _commit_file(shard: str) -> str:
     return f"commits/{shard}.json"
 
 
-def _differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted keys whose values differ, without those that change no result."""
+def differing_keys(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys of two jobs whose values differ, with both values; without those that change no result."""
     free = {"output", "workers", "max_workers", "track", "checkpoint_minutes", "max_failed_fraction", "name"}
     free |= {"fit.batch", "fit.step", "store.shard_fields", "store.ipc_copy"}
-    for key in one.keys() | other.keys():
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(one.keys() | other.keys()):
         name = prefix + key
         if name in free or one.get(key) == other.get(key):
             continue
         if isinstance(one.get(key), dict) and isinstance(other.get(key), dict):
-            yield from _differences(one[key], other[key], name + ".")
+            found |= differing_keys(one[key], other[key], name + ".")
         else:
-            yield f"{name} ({one.get(key)!r} in the folder, {other.get(key)!r} now)"
+            found[name] = one.get(key), other.get(key)
+    return found
