@@ -32,7 +32,7 @@ from nfscale.store import RunFolder
 from nfscale.store.ipc import write_ipc_copy
 from nfscale.store.run_folder import IPC_COPY, Plan
 from nfscale.store.schema import quality_text
-from nfscale.track import TOO_MANY_FAILED, Tracker, tracking_uri
+from nfscale.track import TOO_MANY_FAILED, Tracker, page_of, tracking_uri
 
 _TRACKER_SECONDS = 120.0  # that MLflow may take at the end; the next start writes what is missing then
 
@@ -95,13 +95,13 @@ def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console, ret
     observers = [display, tracker] if tracker else [display]
     pool: Pool | None = None
     state, tag, code, is_starting = "FAILED", None, None, False
+    summary = Summary(str(folder), job.name, was_complete=folder.is_complete)
     termination = Termination()
     try:
         with termination:
             commits = folder.commits()
             for observer in observers:
                 observer.on_start(folder, plan, commits)
-            summary = Summary(str(folder), job.name, was_complete=folder.is_complete)
             if not folder.is_complete or retry_failed:
                 is_starting = True
                 pool = _pool(job, folder)
@@ -136,6 +136,7 @@ def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console, ret
             pool.close()
         if tracker:
             tracker.close(state, _TRACKER_SECONDS, tag)
+            summary.tracking = tracker.seconds
         if code is not None and is_starting:
             _leave_at_once(int(code))
 
@@ -188,6 +189,7 @@ def _figures(folder: RunFolder, summary: Summary, tracked: bool) -> dict:
     figures |= folder.review_figures()
     figures["table"] = folder.files.place("data")
     figures["tracking_uri"] = tracking_uri(folder) if tracked else None
+    figures["tracking_page"] = page_of(folder) if tracked else None
     return figures
 
 
@@ -214,7 +216,7 @@ def _print_summary(console: Console, figures: dict) -> None:
     console.print(f"table     {figures['table']}  (nfscale.open_weights({figures['output']!r}))")
     console.print(f"report    {figures['report']}")
     if uri := figures["tracking_uri"]:
-        console.print(f"MLflow    {uri}  (mlflow ui --backend-store-uri {uri})")
+        console.print(f"MLflow    {figures['tracking_page'] or f'{uri}  (mlflow ui --backend-store-uri {uri})'}")
 
 
 def _time_text(figures: dict) -> str:

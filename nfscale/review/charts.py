@@ -136,7 +136,7 @@ def throughput(ends: np.ndarray, seconds: np.ndarray, rows: np.ndarray) -> str:
     return inline(figure, "Fields per second over time")
 
 
-def utilisation(workers: Sequence[str], ends: Sequence[np.ndarray], seconds: Sequence[np.ndarray]) -> str:
+def utilisation(workers: list[str], ends: Sequence[np.ndarray], seconds: Sequence[np.ndarray]) -> str:
     """When each worker worked on a shard: a lane each, the fuller the busier. The busiest `_MOST_WORKERS` of them."""
     shown = np.argsort([-s.sum() for s in seconds], kind="stable")[:_MOST_WORKERS]
     first = min((e - s).min() for e, s in zip(ends, seconds, strict=True))

@@ -30,6 +30,7 @@ from nfscale.store.table import WeightsTable
 
 CONFIDENCE = 0.95
 
+_arrow: Any = pc  # its functions are made when it is imported, where types are not seen
 _MOST_WORSE = 20
 _NOTICED = 0.1  # of the unit of a quality in dB; of others a hundredth of it: less is no difference of a datum
 _SEED_KEYS = {"seed"}
@@ -154,9 +155,9 @@ def _qualities(
 ) -> tuple[pa.Array, tuple[np.ndarray, np.ndarray], tuple[int, int]]:
     """Ids that both have a quality of, in the order of the first; qualities [pairs] of both; how many each has."""
     tables = [_column(table, ["datum_id", "quality"]) for table in (one, other)]
-    fitted = [table.filter(pc.is_finite(table["quality"])) for table in tables]
-    places = pc.index_in(fitted[0]["datum_id"], value_set=fitted[1]["datum_id"].combine_chunks())
-    common = fitted[0].filter(pc.is_valid(places))
+    fitted = [table.filter(_arrow.is_finite(table["quality"])) for table in tables]
+    places = _arrow.index_in(fitted[0]["datum_id"], value_set=fitted[1]["datum_id"].combine_chunks())
+    common = fitted[0].filter(_arrow.is_valid(places))
     qualities = (
         common["quality"].to_numpy().astype(np.float64),
         fitted[1]["quality"].take(places.drop_null()).to_numpy().astype(np.float64),
@@ -243,9 +244,9 @@ def _histories(table: WeightsTable, ids: pa.Array) -> list[dict[str, Any]]:
     parts = []
     for commit in table.commits:
         part = pq.read_table(table.file_of(commit), columns=columns)
-        parts.append(part.filter(pc.is_in(part["datum_id"], value_set=ids)))
+        parts.append(part.filter(_arrow.is_in(part["datum_id"], value_set=ids)))
     rows = pa.concat_tables([part.cast(parts[0].schema) for part in parts])
-    return rows.take(pc.index_in(ids, value_set=rows["datum_id"].combine_chunks())).to_pylist()
+    return rows.take(_arrow.index_in(ids, value_set=rows["datum_id"].combine_chunks())).to_pylist()
 
 
 def _to_quality(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float, float, float] | None:

@@ -6,6 +6,7 @@ Ids are text, and a million of them is what memory goes into: they are looked up
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -113,12 +114,9 @@ def gathered(table: WeightsTable) -> Gathered:
         if commit.failed:
             rows = pq.read_table(table.file_of(commit), columns=["datum_id", "status", "reason"])
             failures.add(rows.filter(STATUS.isin(FAILED_STATUSES)))
-    return Gathered(
-        **{name: np.concatenate(parts) for name, parts in numbers.items()},
-        **{name: names.coded() for name, names in named.items()},
-        failures=failures.ranked(),
-        _table=table,
-    )
+    columns: dict[str, Any] = {name: np.concatenate(parts) for name, parts in numbers.items()}
+    columns |= {name: names.coded() for name, names in named.items()}
+    return Gathered(**columns, failures=failures.ranked(), _table=table)
 
 
 def _in_order(table: WeightsTable) -> list:

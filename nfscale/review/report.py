@@ -230,7 +230,12 @@ def _worst_csv(worst: pa.Table) -> bytes:
 
 
 def _worst_json(worst: pa.Table) -> bytes:
-    """The same as MLflow's own tables are written, which its pages can search and sort."""
-    rows = [list(row.values()) for row in worst.to_pylist()]
-    shown = [[None if isinstance(v, float) and not np.isfinite(v) else v for v in row] for row in rows]
-    return json_bytes({"columns": worst.column_names, "data": shown})
+    """The same as MLflow's own tables are written, which its pages can search and sort; numbers as one reads them."""
+    rows = [[_shown_number(value) for value in row.values()] for row in worst.to_pylist()]
+    return json_bytes({"columns": worst.column_names, "data": rows})
+
+
+def _shown_number(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return round(value, 4) if np.isfinite(value) else None

@@ -196,12 +196,17 @@ class RunFolder:
 
     @property
     def tracking(self) -> dict[str, Any]:
-        """Where this run is in MLflow: tracking_uri, run_id, and whether it is there whole."""
+        """Where this run is in MLflow: tracking_uri, experiment_id, run_id, and whether it is there whole."""
         return self._json("mlflow.json")
 
-    def set_tracking(self, tracking_uri: str, run_id: str, whole: bool) -> None:
+    def set_tracking(self, tracking_uri: str, run_id: str, experiment_id: str, whole: bool) -> None:
         """Remember where this run is in MLflow."""
-        content = {"tracking_uri": tracking_uri, "run_id": run_id, "whole": whole}
+        content = {
+            "tracking_uri": tracking_uri,
+            "experiment_id": experiment_id,
+            "run_id": run_id,
+            "whole": whole,
+        }
         self.files.replace("mlflow.json", schema.json_bytes(content))
 
     @property

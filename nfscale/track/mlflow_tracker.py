@@ -43,6 +43,8 @@ _BATCH = 1000  # metrics that MLflow takes in one call
 _NO_NAME = re.compile(r"[^\w.-]+")  # what a name of a metric had better not hold
 _MODEL_TAG = "nfscale.model"
 _STATE_TAG = "nfscale.state"
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # its pages show charts, not traces
+_DIGEST = 16  # hexadecimal digits that tell datasets apart on a page
 _TABLES_TAG = "mlflow.loggedArtifacts"  # tables that MLflow's pages show as such
 _MOST_SHARDS = 2000  # with points of their own, in a run without points per datum: more make MLflow's pages slow
 _SAMPLE_SECONDS = 10.0  # between two looks at the nodes, at first
@@ -67,6 +69,14 @@ def tracking_uri(folder: RunFolder) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_store_folder(folder) / 'mlruns.db'}"
 
 
+def page_of(folder: RunFolder) -> str | None:
+    """The page of the run, where a server shows it; None where there is no server or no run."""
+    known = folder.tracking
+    if not known.get("tracking_uri", "").startswith("http"):
+        return None
+    return f"{known['tracking_uri'].rstrip('/')}/#/experiments/{known.get('experiment_id', 0)}/runs/{known['run_id']}"
+
+
 def _store_folder(folder: RunFolder) -> Path:
     """Where the SQLite store is."""
     if is_uri(folder.files.root):
@@ -84,7 +94,7 @@ def experiment_id(client: "MlflowClient", name: str, store_folder: Path) -> str:
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         location = (store_folder / "mlartifacts").as_uri()
     try:
-        return client.create_experiment(name, artifact_location=location)
+        return client.create_experiment(name, artifact_location=location, tags=_EXPERIMENT_TAGS)
     except MlflowException:  # another process created it in between
         found = client.get_experiment_by_name(name)
         if found is None:
@@ -112,6 +122,7 @@ class Tracker:
         self._calls: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue()
         self._projection: _Projection | None = None
         self._pace = None if nodes is None else _Pace(nodes)
+        self._ending: Callable[[], None] | None = None
         self.problem: str | None = None
         """Why MLflow does not have the run, if it has not."""
         self.seconds: dict[str, float] = {"opening": 0.0, "logging": 0.0, "closing": 0.0}
@@ -148,7 +159,7 @@ class Tracker:
                 but for one that claims to be running, which was killed.
             state: the tag `nfscale.state`, if it is another than the status says: `TOO_MANY_FAILED`.
         """
-        self._calls.put(("closing", lambda: self._need().terminate(status, state)))
+        self._ending = lambda: self._need().terminate(status, state, whole=self.problem is None)
         self._calls.put(None)
         self._thread.join(timeout_seconds)
 
@@ -168,19 +179,23 @@ class Tracker:
 
     def _work(self) -> None:
         while (item := self._calls.get()) is not None:
-            if self.problem is not None:
-                continue
-            phase, call = item
-            started = time.monotonic()
-            try:
-                call()
-            except Exception as error:  # whatever a tracking server answers, the encode goes on
+            if self.problem is None:
+                self._try(*item)
+        if self._projection is not None and self._ending is not None:  # whatever went wrong, the run has ended
+            self._try("closing", self._ending)
+
+    def _try(self, phase: str, call: Callable[[], None]) -> None:
+        started = time.monotonic()
+        try:
+            call()
+        except Exception as error:  # whatever a tracking server answers, the encode goes on
+            if self.problem is None:
                 self.problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 self._warn(
                     f"MLflow at {tracking_uri(self._folder)} does not have this run ({self.problem}); the encode "
                     f"goes on, and `nfscale review {self._folder}` writes it later"
                 )
-            self.seconds[phase] += time.monotonic() - started
+        self.seconds[phase] += time.monotonic() - started
 
 
 class _Pace:
@@ -210,6 +225,7 @@ class _Projection:
 
     def __init__(self, folder: RunFolder, plan: Plan, drives: bool) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the command says it
         os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
         # A tracking server that does not answer: give up after seconds, not after MLflow's minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -249,7 +265,7 @@ class _Projection:
         inputs = self.client.get_run(run_id).inputs
         if not (inputs and inputs.dataset_inputs):
             self._log_inputs(run_id)
-        self.folder.set_tracking(uri, run_id, whole=False)
+        self.folder.set_tracking(uri, run_id, self.client.get_run(run_id).info.experiment_id, whole=False)
         return run_id
 
     def _begun(self) -> str | None:
@@ -297,14 +313,15 @@ class _Projection:
         job, plan = self.plan.job, self.plan
         read = Dataset(
             name=job["dataset"]["kind"],
-            digest=plan.ids_sha256[:36],
+            digest=plan.ids_sha256[:_DIGEST],
             source_type="nfscale",
             source=json.dumps(job["dataset"]),
             profile=json.dumps({"data": plan.data_count}),
+            schema=json.dumps({"mlflow_colspec": _data_columns(plan)}),
         )
         produced = Dataset(
             name=f"{job['name']} weights",
-            digest=plan.fingerprint[:36],
+            digest=plan.fingerprint[:_DIGEST],
             source_type="nfscale",
             source=json.dumps({"uri": self.folder.files.absolute()}),
             profile=json.dumps({"rows": plan.data_count, "weights_per_field": plan.layout.size}),
@@ -375,10 +392,14 @@ class _Projection:
                 if row[name] is not None and np.isfinite(row[name]):
                     yield f"datum/{name}", row["index"], float(row[name])
 
-    def terminate(self, status: str | None, state: str | None = None) -> None:
-        """The run's status, and once the run is complete its totals: they never change from there on."""
+    def terminate(self, status: str | None, state: str | None = None, whole: bool = True) -> None:
+        """The run's status, and once the run is complete its totals: they never change from there on.
+
+        Args:
+            whole: whether it has all else; then the folder says so, and nobody writes it again.
+        """
         complete = self.folder.is_complete
-        if complete:
+        if complete and whole:
             self._log_totals()
         if status is None:
             status = "KILLED" if self.opened.status == "RUNNING" else self.opened.status
@@ -387,8 +408,8 @@ class _Projection:
             self.client.update_run(self.run_id, status=status)
             return
         self.client.set_terminated(self.run_id, status=status)
-        if complete and (status == "FINISHED" or state):
-            self.folder.set_tracking(tracking_uri(self.folder), self.run_id, whole=True)
+        if complete and whole and (status == "FINISHED" or state):
+            self.folder.set_tracking(tracking_uri(self.folder), self.run_id, self.opened.experiment_id, whole=True)
 
     def _log_totals(self) -> None:
         from mlflow.entities import Metric
@@ -446,6 +467,13 @@ def migrated_store(path: Path) -> None:
             os.link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _data_columns(plan: Plan) -> list[dict[str, Any]]:
+    """What a datum of the dataset consists of, as MLflow's pages show it."""
+    content = f"{plan.forward['signal']['kind']} of {plan.forward['signal']['keys'].get('channels', 1)} channels"
+    types = {"datum_id": "string", "index": "long", "content": content, "label": plan.label_type, "split": "string"}
+    return [{"name": name, "type": kind, "required": name in ("datum_id", "index")} for name, kind in types.items()]
 
 
 def _columns(schema: pa.Schema) -> list[dict[str, Any]]:

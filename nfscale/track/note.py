@@ -45,7 +45,7 @@ def note_of(
 
 
 def _result(plan: Plan, state: str, summary: dict[str, Any]) -> str:
-    said = f"{state.replace('_', ' ')}: **{summary.get('fields', 0):,} of {plan.data_count:,} data** "
+    said = f"{state.replace('_', ' ').capitalize()}: **{summary.get('fields', 0):,} of {plan.data_count:,} data** "
     said += f"as neural fields of {plan.layout.size:,} weights each."
     if not summary:
         return f"{said} The charts move as shards are committed."
