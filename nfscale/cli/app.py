@@ -6,6 +6,7 @@ import sys
 import typer
 
 from nfscale.cli.benchmark import benchmark
+from nfscale.cli.compare import compare
 from nfscale.cli.decode import decode
 from nfscale.cli.diagnose import app as diagnose
 from nfscale.cli.encode import encode
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (encode, status, decode, verify, review, gc):
+for command in (encode, status, decode, verify, review, compare, gc):
     app.command()(command)
 app.add_typer(diagnose, name="diagnose")
 # Its arguments are parsed where torch and numpy are all there is.

@@ -20,7 +20,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ from nfscale.store.schema import LabelType
 REPORT = "review/report.html"
 REVIEW_SUMMARY = "review/summary.json"
 CONVERGENCE = "review/convergence.parquet"
+WORST_TABLE = "review/worst.json"
+JOB_FILE = "review/job.yaml"
 IPC_COPY = "weights.arrow"
 _CONTROL = "_control"
 
@@ -200,12 +202,17 @@ class RunFolder:
 
     @property
     def tracking(self) -> dict[str, Any]:
-        """Where this run is in MLflow: tracking_uri, run_id, and whether it is there whole."""
+        """Where this run is in MLflow: tracking_uri, experiment_id, run_id, and whether it is there whole."""
         return self._json("mlflow.json")
 
-    def set_tracking(self, tracking_uri: str, run_id: str, whole: bool) -> None:
+    def set_tracking(self, tracking_uri: str, run_id: str, experiment_id: str, whole: bool) -> None:
         """Remember where this run is in MLflow."""
-        content = {"tracking_uri": tracking_uri, "run_id": run_id, "whole": whole}
+        content = {
+            "tracking_uri": tracking_uri,
+            "experiment_id": experiment_id,
+            "run_id": run_id,
+            "whole": whole,
+        }
         self.files.replace("mlflow.json", schema.json_bytes(content))
 
     @property
@@ -262,7 +269,9 @@ class RunFolder:
         """
         if frozen.fingerprint == fingerprint:
             return
-        differing = sorted(_differences(frozen.job, job))
+        differing = [
+            f"{k} ({was!r} in the folder, {now!r} now)" for k, (was, now) in differing_keys(frozen.job, job).items()
+        ]
         what = f"they differ in {', '.join(differing)}" if differing else "its dataset has other ids now"
         raise CallerError(
             f"{self} belongs to another job: {what}; choose another output, or repeat the job it was made with"
@@ -436,15 +445,17 @@ def _commit_file(shard: str) -> str:
     return f"commits/{shard}.json"
 
 
-def _differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted keys whose values differ, without those that change no result."""
+def differing_keys(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys of two jobs whose values differ, with both values; without those that change no result."""
     free = {"output", "workers", "max_workers", "workers_per_gpu", "track", "checkpoint_minutes", "name"}
     free |= {"max_failed_fraction", "fit.batch", "fit.step", "store.shard_fields", "store.ipc_copy"}
-    for key in one.keys() | other.keys():
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(one.keys() | other.keys()):
         name = prefix + key
         if name in free or one.get(key) == other.get(key):
             continue
         if isinstance(one.get(key), dict) and isinstance(other.get(key), dict):
-            yield from _differences(one[key], other[key], name + ".")
+            found |= differing_keys(one[key], other[key], name + ".")
         else:
-            yield f"{name} ({one.get(key)!r} in the folder, {other.get(key)!r} now)"
+            found[name] = one.get(key), other.get(key)
+    return found

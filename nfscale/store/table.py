@@ -119,6 +119,10 @@ class WeightsTable:
         """A column of weights, whatever it is rounded to, as the weights that decode: float32 [rows, P]."""
         return restored(as_matrix(column), self.plan.dtype, self.theta0)
 
+    def key_of(self, text: str) -> DatumKey:
+        """What a user typed as a datum: an id where one has this text, else an index."""
+        return text if text in self or not text.isdecimal() else int(text)
+
     def rows(self, keys: Sequence[DatumKey]) -> pa.Table:
         """The rows of these data, in the order asked for.
 
@@ -279,6 +283,13 @@ def as_matrix(column: pa.ChunkedArray) -> np.ndarray:
     size = column.type.list_size
     chunks = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, size) for chunk in column.chunks]
     return np.concatenate(chunks) if chunks else np.empty((0, size), dtype=np.float32)
+
+
+def as_array(content: Any) -> np.ndarray:
+    """The numbers of a decoded datum, float32: of a sound its amplitudes, of a solid its levels on a grid."""
+    for name in ("values", "levels"):
+        content = getattr(content, name, content)
+    return np.asarray(content, dtype=np.float32)
 
 
 def built(kinds: dict[str, type], described: dict[str, Any]) -> Any:
