@@ -5,6 +5,7 @@ photographs of at most `_CANVASES`; the rest is columns without weights.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from nfscale.encode import OpenRun
 from nfscale.media import Panel, pictures
 from nfscale.media.image import sides
 from nfscale.review import figures
+from nfscale.review.wholes import WholeShown, wholes
 from nfscale.store.history import quality_quantiles, sampled_histories
 from nfscale.store.run_folder import CONVERGENCE, REPORT, REVIEW_SUMMARY, RunFolder
 from nfscale.store.schema import FAILED_STATUSES, STATUS, json_bytes, quality_text
@@ -115,6 +117,9 @@ def _galleries(run: OpenRun, table: WeightsTable, rows: pa.Table) -> dict[str, A
     drawn = {name: shown.data(fitted["datum_id"].take(list(at)).to_pylist()) for name, at in chosen.items()}
     galleries = [(name, [_figure(run, table, datum) for datum in found]) for name, found in drawn.items()]
     medium = run.medium
+    together = list(wholes(run, table, fitted, _CANVASES))
+    if run.job.signal.kind != "image":
+        galleries = [*([("whole", [_figure(run, table, one) for one in together])] if together else []), *galleries]
     context: dict[str, Any] = {"galleries": galleries, "legend": medium.legend, "panel_pixels": medium.panel_pixels}
     context |= {"mosaic": None, "canvases": []}
     if run.job.signal.kind != "image":
@@ -124,6 +129,8 @@ def _galleries(run: OpenRun, table: WeightsTable, rows: pa.Table) -> dict[str, A
         cells = [side for datum in everyone for side in sides(datum.original, datum.rebuilt)]
         sheet = pictures.encoded(pictures.grid(cells, columns=3 * _ROW), "PNG")
         run.folder.files.replace("review/worst-median-best.png", sheet)
+    if run.job.tile is not None:
+        return context | {"canvases": [_canvas(run, one) for one in together]}
     place = _place_of(run.dataset)
     if place is not None:
         return context | {"canvases": shown.canvases(fitted["datum_id"].to_pylist(), place)}
@@ -197,13 +204,28 @@ class _Shown:
         return shown
 
 
+def _canvas(run: OpenRun, whole: WholeShown) -> dict[str, Any]:
+    """A whole picture beside what its blocks say together."""
+    sides = {}
+    for side in ("original", "rebuilt"):
+        picture = pictures.encoded(pictures.to_uint8(getattr(whole, side)), "WEBP")
+        run.folder.files.replace(f"review/{_file_name(whole.id)}-{side}.webp", picture)
+        sides[side] = pictures.data_uri(picture, "image/webp")
+    return {"name": whole.id, "tiles": whole.blocks, "quality": whole.blocks_median, "whole": whole.quality, **sides}
+
+
+def _file_name(datum_id: str) -> str:
+    """An id, which may be a path, as the name of a file."""
+    return re.sub(r"[^\w.-]+", "-", datum_id)[:100]
+
+
 def _place_of(dataset: Dataset) -> Any:
     """The dataset's `place(id) -> (picture, row, column)`, if its data are tiles of larger pictures."""
     whole = getattr(dataset, "whole", dataset)
     return getattr(whole, "place", None)
 
 
-def _figure(run: OpenRun, table: WeightsTable, datum: _Rebuilt) -> dict[str, Any]:
+def _figure(run: OpenRun, table: WeightsTable, datum: _Rebuilt | WholeShown) -> dict[str, Any]:
     """A datum as its medium shows it."""
     panels = run.medium.panels(datum.original, datum.rebuilt, lambda shape: table.decode([datum.id], shape)[0])
     return {"id": datum.id, "quality": datum.quality, "panels": [_panel(panel) for panel in panels]}

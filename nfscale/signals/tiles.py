@@ -157,7 +157,7 @@ class Points:
 
 
 class Gridded(Pointwise):
-    """The base of signals whose data are grids of cells, and can be cut; coordinates as of pixels, if nothing is said."""
+    """The base of signals whose data are grids of cells, and can be cut. Coordinates are as of pixels by default."""
 
     grid_axes: tuple[str, ...]
     """Names of the axes in the order of the coordinates; `measures` has the sizes under them."""
