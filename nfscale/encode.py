@@ -26,6 +26,7 @@ from nfscale.ahead import ahead
 from nfscale.coordinator import portion
 from nfscale.datasets import Dataset, Datum, seeded_sample
 from nfscale.datasets.base import ids_digest
+from nfscale.datasets.tiled import PROBED_BLOCKS, Tiled
 from nfscale.engine import Calibration, Check, Fitted, calibrate, fit
 from nfscale.engine.dispatch import StepName, chosen
 from nfscale.engine.loop import SELECTS_WITHOUT_CHECK
@@ -80,11 +81,13 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
     Raises:
         CallerError: if the dataset is empty or none of its first data can be read.
     """
-    dataset = job.open_dataset()
-    if not dataset.ids:
+    data = job.open_dataset()
+    if not data.ids:
         raise CallerError("the dataset is empty")
+    digest, blocks = ids_digest(data.ids), job.counted_blocks(data)
+    dataset = job.blocks_of(data, blocks)
     probed = _probed(job, dataset)
-    signal, digest = probed.signal, ids_digest(dataset.ids)
+    signal = probed.signal
     fingerprint = job.fingerprint(digest)
     job = job.settled(signal, probed.contents)
     field = job.build_field(signal.dimensions, signal.channels)
@@ -111,9 +114,10 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
         samples_per_step=per_step,
         shard_fields=_shard_fields(job, field, per_step * signal.points_per_sample, len(dataset.ids), device),
         layout=field.layout,
-        forward={"field": field.forward_description(), "signal": signal.forward_description()},
+        forward={"field": field.forward_description(), "signal": signal.forward_description()} | job.tile_description(),
         theta0=theta0,
         calibration_positions=tuple(positions),
+        blocks=blocks,
         versions=_versions(),
         format=FORMAT_VERSION,
     )
@@ -138,6 +142,7 @@ def _probed(job: EncodeJob, dataset: Dataset) -> _Probed:
     labels: list[str | int] = []
     reason = ""
     tried = 0
+    deciding = PROBED_BLOCKS if isinstance(dataset, Tiled) else _DECIDING_DATA
     for position in _probed_positions(job, dataset):
         if tried >= _PROBED_DATA and contents:
             break
@@ -147,13 +152,13 @@ def _probed(job: EncodeJob, dataset: Dataset) -> _Probed:
             labels.append(datum.label)
         if datum.content is None:
             reason = f"{datum.id}: {datum.error}"
-        elif len(contents) < _DECIDING_DATA:
+        elif len(contents) < deciding:
             try:
                 job.build_signal([datum.content]).samples(datum.content)
                 contents.append(datum.content)
             except ValueError as error:
                 reason = f"{datum.id}: {error}"
-        if len(contents) == _DECIDING_DATA and labels:
+        if len(contents) == deciding and labels:
             break
     if not contents:
         raise CallerError(f"none of {tried} data that were tried can be read; the last of them, {reason}")
@@ -163,6 +168,8 @@ def _probed(job: EncodeJob, dataset: Dataset) -> _Probed:
 
 
 def _probed_positions(job: EncodeJob, dataset: Dataset) -> Iterator[int]:
+    if isinstance(dataset, Tiled):
+        yield from dataset.probe_positions()
     first = min(_PROBED_DATA, len(dataset.ids))
     yield from range(first)
     if first < len(dataset.ids):
@@ -231,13 +238,14 @@ class OpenRun:
         Raises:
             EncodeError: if they are others by now.
         """
-        dataset = self.job.open_dataset()
-        if ids_digest(dataset.ids) != self.plan.ids_sha256:
+        data, blocks = self.job.open_dataset(), self.plan.blocks
+        if ids_digest(data.ids) != self.plan.ids_sha256:
+            then = self.plan.data_count if blocks is None else sum(times for times, _ in blocks)
             raise EncodeError(
-                f"the dataset has other ids than when the run was planned ({len(dataset.ids)} data now, "
-                f"{self.plan.data_count} then); data were added, removed or renamed: restore them, or use a new output"
+                f"the dataset has other ids than when the run was planned ({len(data.ids)} data now, "
+                f"{then} then); data were added, removed or renamed: restore them, or use a new output"
             )
-        return dataset
+        return self.job.blocks_of(data, blocks)
 
     @property
     def theta0(self) -> Tensor | None:
@@ -444,7 +452,7 @@ def _read(run: OpenRun, shard: Shard, attempt: str, known: set[str]) -> Generato
             row.reason = prepared
             yield _Read(row)
             continue
-        row.metrics = run.signal.measures(datum.content)
+        row.metrics = run.signal.measures(datum.content) | datum.metrics
         if datum.repeat:
             row.metrics["repeat"] = float(datum.repeat)
         yield _Read(row, datum.content, prepared)

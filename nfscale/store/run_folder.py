@@ -93,6 +93,9 @@ class Plan:
     theta0: np.ndarray | None
     """float32 [P], what all fields start from; None where each starts from its own."""
     calibration_positions: tuple[int, ...] = ()
+    blocks: tuple[tuple[int, tuple[int, ...]], ...] | None = None
+    """Of data that are cut into blocks, which `data_count` counts: how many each has by axis, as pairs of a number of
+    data that follow each other and their counts."""
     versions: dict[str, str] = field(default_factory=dict)
     format: int = 1
 
@@ -133,6 +136,8 @@ class Plan:
         values = dict(content)
         values["layout"] = Layout.from_json(json.dumps(content["layout"]))
         values["calibration_positions"] = tuple(content["calibration_positions"])
+        if (blocks := content.get("blocks")) is not None:
+            values["blocks"] = tuple((times, tuple(counts)) for times, counts in blocks)
         values["theta0"] = theta0
         return cls(**values)
 
