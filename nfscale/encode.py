@@ -30,6 +30,7 @@ from nfscale.datasets.tiled import PROBED_BLOCKS, Tiled
 from nfscale.engine import Calibration, Check, Fitted, calibrate, fit
 from nfscale.engine.dispatch import StepName, chosen
 from nfscale.engine.loop import SELECTS_WITHOUT_CHECK
+from nfscale.engine.sampling import DRAWN_IN_FULL
 from nfscale.engine.step import evaluate, predicted_at, stack_samples
 from nfscale.errors import CallerError, EncodeError, OutputError, SupersededError
 from nfscale.fields import Field, theta0_of
@@ -94,7 +95,9 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
     samples = signal.samples(probed.contents[0])
     if job.fit.sampling == "error" and samples.check is not None:
         raise CallerError(f"fit.{SELECTS_WITHOUT_CHECK}")
-    available = len(samples.values)
+    if job.fit.samples == "full" and samples.source is not None:
+        raise CallerError(f"fit.{DRAWN_IN_FULL}")
+    available = samples.count
     per_step = available if job.fit.samples == "full" else min(job.fit.samples, available)
     optimizer = job.build_optimizer(per_step)
     if isinstance(optimizer, Solver) and (why := optimizer.too_large(field.layout.size, per_step * signal.channels)):
@@ -297,7 +300,7 @@ def _calibration_samples(run: OpenRun, crashes: int) -> list[tuple[str, Samples]
     by_kind: dict[Kind, list[tuple[str, Samples]]] = {}
     for position in portion(run.plan.calibration_positions, crashes):
         datum = run.dataset.read(position)
-        prepared = _prepared(run.signal, datum)
+        prepared = _prepared(run.signal, datum, run.job.fit.samples == "full")
         if isinstance(prepared, Samples):
             prepared = replace(prepared, heldout=None)
             group = by_kind.setdefault(prepared.kind, [])
@@ -309,12 +312,17 @@ def _calibration_samples(run: OpenRun, crashes: int) -> list[tuple[str, Samples]
     return max(by_kind.values(), key=len)
 
 
-def _prepared(signal: Signal, datum: Datum) -> Samples | str:
-    """A datum's samples, or the reason why it has none."""
+def _prepared(signal: Signal, datum: Datum, in_full: bool) -> Samples | str:
+    """A datum's samples, or the reason why it has none.
+
+    Args:
+        in_full: every step takes all of them.
+    """
     if datum.content is None:
         return datum.error or "unreadable"
     try:
-        return signal.samples(datum.content)
+        samples = signal.samples(datum.content)
+        return f"fit.{DRAWN_IN_FULL}" if in_full and samples.source is not None else samples
     except ValueError as error:
         return str(error)
     except MemoryError:
@@ -447,7 +455,7 @@ def _read(run: OpenRun, shard: Shard, attempt: str, known: set[str]) -> Generato
         seed = datum_seed(run.job.seed, datum.id)
         label = _label(datum, run.plan.label_type)
         row = Row(datum.id, datum.index, "decode_error", shard.index, attempt, seed, datum.split, label)
-        prepared = _prepared(run.signal, datum)
+        prepared = _prepared(run.signal, datum, run.job.fit.samples == "full")
         if isinstance(prepared, str):
             row.reason = prepared
             yield _Read(row)
@@ -544,6 +552,8 @@ def _measure(run: OpenRun, data: list[tuple[Row, Any, Samples]]) -> None:
     by_shape: dict[tuple[Any, ...], list[tuple[Row, Any]]] = {}
     for row, content, samples in data:
         by_kind.setdefault(samples.kind, []).append((row, samples))
+        if samples.source is not None:  # more than is decoded at once
+            continue
         original = run.signal.original(content)
         if run.medium.measurable(original):
             by_shape.setdefault(run.signal.shape_of(row.metrics), []).append((row, original))

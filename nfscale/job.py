@@ -358,7 +358,7 @@ class EncodeJob(_Section):
         return job if self.optimizer.kind != "auto" else job._with_optimizer(signal, contents[0])
 
     def _with_optimizer(self, signal: Any, content: Any) -> "EncodeJob":
-        available, wanted = len(signal.samples(content).values), self.fit.samples
+        available, wanted = signal.samples(content).count, self.fit.samples
         circumstances = Circumstances(
             target_db=self.fit.target if signal.quality_name.endswith("_db") else None,
             is_in_db=signal.quality_name.endswith("_db"),

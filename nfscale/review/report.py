@@ -5,6 +5,7 @@ most `_CANVASES`, each as large as a page shows it; plots are bins, quantiles an
 datum and no weights, see `gathered`.
 """
 
+import contextlib
 import io
 import re
 import time
@@ -122,7 +123,7 @@ class _Shown:
         self.run, self.table = run, table
 
     def data(self, ids: Sequence[str]) -> list[_Rebuilt]:
-        """These data beside what their fields say; one that cannot be read any more is left out."""
+        """These data beside what their fields say; left out are those that cannot be read any more or are too large."""
         if not ids:
             return []
         qualities = self.table.rows(ids)["quality"].to_pylist()
@@ -131,13 +132,14 @@ class _Shown:
             for position, quality in zip(self.table.dataset_positions(ids), qualities, strict=True)
             if (datum := self.run.dataset.read(position)).content is not None
         ]
-        if not read:
+        held: list[tuple[str, float, Any]] = []
+        for datum, quality in read:
+            with contextlib.suppress(ValueError):  # of data that stay in their files
+                held.append((datum.id, quality, self.run.signal.original(datum.content)))
+        if not held:
             return []
-        rebuilt = self.table.decode([datum.id for datum, _ in read])
-        return [
-            _Rebuilt(datum.id, quality, self.run.signal.original(datum.content), content)
-            for (datum, quality), content in zip(read, rebuilt, strict=True)
-        ]
+        rebuilt = self.table.decode([datum_id for datum_id, _, _ in held])
+        return [_Rebuilt(*datum, content) for datum, content in zip(held, rebuilt, strict=True)]
 
     def mosaic(self, ids: list[str]) -> dict[str, Any] | None:
         """These data, originals beside reconstructions."""

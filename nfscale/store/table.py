@@ -288,7 +288,11 @@ class WeightsTable:
 
     def values(self, weights: Tensor, shape: tuple[int, ...]) -> Tensor:
         """What fields say a datum of this shape is, before the signal makes one of it: [F, P] -> [F, N, ...]."""
-        return predicted_at(self.field, self.signal, weights, self.signal.coordinates(shape))
+        try:
+            coordinates = self.signal.coordinates(shape)
+        except ValueError as error:
+            raise CallerError(f"shape: {error}") from error
+        return predicted_at(self.field, self.signal, weights, coordinates)
 
     def torch_dataset(self, standardize: Literal["train", "all"] | None = "train") -> torch.utils.data.TensorDataset:
         """(weights - theta0, label) of the rows that are ok, standardised per weight: float32 [P], int64.
