@@ -1,4 +1,4 @@
-"""`cluster/local.sh` and `nfscale submit`, from an environment with nothing set: done, and done after the head was killed."""
+"""`cluster/local.sh` and `nfscale submit`, from an environment with nothing set; also after the head was killed."""
 
 import json
 import os
