@@ -210,7 +210,10 @@ class EncodeJob(_Section):
     store: StoreSection = StoreSection()
     track: TrackSection = TrackSection()
     workers: NonNegativeInt | Literal["auto"] = "auto"
+    """0: in this process, without Ray; auto: as many as there is room for, on a cluster that grows `max_workers`."""
     max_workers: PositiveInt | None = None
+    workers_per_gpu: NonNegativeInt = 1
+    """That share each GPU; 0: workers that leave the GPUs alone."""
     checkpoint_minutes: PositiveFloat = 10.0
     """Accepted, and without effect so far: a shard is seconds of work, and a retry begins it anew."""
     max_failed_fraction: float = Field(default=0.01, ge=0, le=1)

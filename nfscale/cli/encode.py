@@ -15,7 +15,7 @@ from nfscale.cli.progress import ProgressDisplay
 from nfscale.datasets import DATASETS
 from nfscale.driver import InProcessPool, Pool, Summary, Termination, open_run, serve, totals
 from nfscale.engine.sampling import Sampling
-from nfscale.errors import ExitCode, NfscaleError
+from nfscale.errors import ExitCode, NfscaleError, SupersededError
 from nfscale.fields import FIELDS
 from nfscale.fields.activations import ACTIVATIONS
 from nfscale.fields.encodings import ENCODINGS
@@ -115,6 +115,9 @@ def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console, ret
                 tracker.log_review()
             state = "FINISHED"
             return totals(folder, summary)
+    except SupersededError:
+        state = "RUNNING"  # by the other driver
+        raise
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         raise NfscaleError(f"{what}; what is committed stays, and the same command continues") from error
@@ -148,7 +151,7 @@ def _pool(job: EncodeJob, folder: RunFolder) -> Pool:
         return InProcessPool(folder)
     from nfscale.distributed import RayPool
 
-    return RayPool(folder, job.workers, job.max_workers)
+    return RayPool(folder, job.workers, job.max_workers, job.workers_per_gpu)
 
 
 def _device() -> str:
