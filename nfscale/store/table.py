@@ -103,6 +103,11 @@ class WeightsTable:
         files = [prefix + commit.file for commit in self.commits]
         return pds.dataset(files, schema=self.schema, format="parquet", filesystem=filesystem)  # type: ignore
 
+    def files(self) -> list[str]:
+        """Paths or URIs of the committed Parquet files, as DuckDB, Polars, Ray Data and Hugging Face take them."""
+        root = self.folder.files.absolute()
+        return [f"{root}/{commit.file}" for commit in sorted(self.commits, key=lambda commit: commit.start)]
+
     def to_arrow(self, columns: Sequence[str] | None = None, filter: pc.Expression | None = None) -> pa.Table:
         """The rows as an Arrow table, sorted by `index`.
 
