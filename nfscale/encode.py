@@ -23,14 +23,16 @@ import torch
 from torch import Tensor
 
 from nfscale.ahead import ahead
+from nfscale.coordinator import portion
 from nfscale.datasets import Dataset, Datum, seeded_sample
 from nfscale.datasets.base import ids_digest
+from nfscale.datasets.tiled import PROBED_BLOCKS, Tiled
 from nfscale.engine import Calibration, Check, Fitted, calibrate, fit
 from nfscale.engine.dispatch import StepName, chosen
 from nfscale.engine.loop import SELECTS_WITHOUT_CHECK
 from nfscale.engine.sampling import DRAWN_IN_FULL
 from nfscale.engine.step import evaluate, predicted_at, stack_samples
-from nfscale.errors import CallerError, EncodeError, OutputError
+from nfscale.errors import CallerError, EncodeError, OutputError, SupersededError
 from nfscale.fields import Field, theta0_of
 from nfscale.job import FORMAT_VERSION, EncodeJob
 from nfscale.media import MEDIA, Medium
@@ -67,6 +69,8 @@ class ShardReport:
     commit: Commit
     won: bool
     """False if another attempt had committed before; its rows count, these are gone."""
+    cut: bool = False
+    """Not won, because another driver had cut the shard: its parts are what can be committed."""
 
 
 # --- the plan
@@ -78,11 +82,13 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
     Raises:
         CallerError: if the dataset is empty or none of its first data can be read.
     """
-    dataset = job.open_dataset()
-    if not dataset.ids:
+    data = job.open_dataset()
+    if not data.ids:
         raise CallerError("the dataset is empty")
+    digest, blocks = ids_digest(data.ids), job.counted_blocks(data)
+    dataset = job.blocks_of(data, blocks)
     probed = _probed(job, dataset)
-    signal, digest = probed.signal, ids_digest(dataset.ids)
+    signal = probed.signal
     fingerprint = job.fingerprint(digest)
     job = job.settled(signal, probed.contents)
     field = job.build_field(signal.dimensions, signal.channels)
@@ -111,9 +117,10 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
         samples_per_step=per_step,
         shard_fields=_shard_fields(job, field, per_step * signal.points_per_sample, len(dataset.ids), device),
         layout=field.layout,
-        forward={"field": field.forward_description(), "signal": signal.forward_description()},
+        forward={"field": field.forward_description(), "signal": signal.forward_description()} | job.tile_description(),
         theta0=theta0,
         calibration_positions=tuple(positions),
+        blocks=blocks,
         versions=_versions(),
         format=FORMAT_VERSION,
     )
@@ -138,6 +145,7 @@ def _probed(job: EncodeJob, dataset: Dataset) -> _Probed:
     labels: list[str | int] = []
     reason = ""
     tried = 0
+    deciding = PROBED_BLOCKS if isinstance(dataset, Tiled) else _DECIDING_DATA
     for position in _probed_positions(job, dataset):
         if tried >= _PROBED_DATA and contents:
             break
@@ -147,13 +155,13 @@ def _probed(job: EncodeJob, dataset: Dataset) -> _Probed:
             labels.append(datum.label)
         if datum.content is None:
             reason = f"{datum.id}: {datum.error}"
-        elif len(contents) < _DECIDING_DATA:
+        elif len(contents) < deciding:
             try:
                 job.build_signal([datum.content]).samples(datum.content)
                 contents.append(datum.content)
             except ValueError as error:
                 reason = f"{datum.id}: {error}"
-        if len(contents) == _DECIDING_DATA and labels:
+        if len(contents) == deciding and labels:
             break
     if not contents:
         raise CallerError(f"none of {tried} data that were tried can be read; the last of them, {reason}")
@@ -163,6 +171,8 @@ def _probed(job: EncodeJob, dataset: Dataset) -> _Probed:
 
 
 def _probed_positions(job: EncodeJob, dataset: Dataset) -> Iterator[int]:
+    if isinstance(dataset, Tiled):
+        yield from dataset.probe_positions()
     first = min(_PROBED_DATA, len(dataset.ids))
     yield from range(first)
     if first < len(dataset.ids):
@@ -231,13 +241,14 @@ class OpenRun:
         Raises:
             EncodeError: if they are others by now.
         """
-        dataset = self.job.open_dataset()
-        if ids_digest(dataset.ids) != self.plan.ids_sha256:
+        data, blocks = self.job.open_dataset(), self.plan.blocks
+        if ids_digest(data.ids) != self.plan.ids_sha256:
+            then = self.plan.data_count if blocks is None else sum(times for times, _ in blocks)
             raise EncodeError(
-                f"the dataset has other ids than when the run was planned ({len(dataset.ids)} data now, "
-                f"{self.plan.data_count} then); data were added, removed or renamed: restore them, or use a new output"
+                f"the dataset has other ids than when the run was planned ({len(data.ids)} data now, "
+                f"{then} then); data were added, removed or renamed: restore them, or use a new output"
             )
-        return dataset
+        return self.job.blocks_of(data, blocks)
 
     @property
     def theta0(self) -> Tensor | None:
@@ -253,8 +264,11 @@ class OpenRun:
         return Calibration(torch.from_numpy(diagonal.copy()), torch.from_numpy(step_rms.copy()), every)
 
 
-def calibrate_run(run: OpenRun) -> None:
+def calibrate_run(run: OpenRun, crashes: int = 0) -> None:
     """Estimate what the fields share and store it, put-if-absent: the first lease of a run.
+
+    Args:
+        crashes: how many attempts have killed their worker, see `nfscale.coordinator.portion`.
 
     Raises:
         EncodeError: if too few data of the calibration sample can be read.
@@ -262,7 +276,7 @@ def calibrate_run(run: OpenRun) -> None:
     calibration = calibrate(
         run.field,
         run.signal,
-        _calibration_samples(run),
+        _calibration_samples(run, crashes),
         optimizer=run.optimizer,  # type: ignore[arg-type] (the job refuses other kinds)
         stop=run.job.fit.stop(),
         seed=run.job.seed,
@@ -280,11 +294,11 @@ def calibrate_run(run: OpenRun) -> None:
     run.folder.write_calibration(steps, calibration.step_rms.numpy(), calibration.diagonal.numpy())
 
 
-def _calibration_samples(run: OpenRun) -> list[tuple[str, Samples]]:
+def _calibration_samples(run: OpenRun, crashes: int) -> list[tuple[str, Samples]]:
     """The first `calibration_data` readable data of one kind, or all of the commonest kind."""
     wanted = run.job.optimizer.calibration_data
     by_kind: dict[Kind, list[tuple[str, Samples]]] = {}
-    for position in run.plan.calibration_positions:
+    for position in portion(run.plan.calibration_positions, crashes):
         datum = run.dataset.read(position)
         prepared = _prepared(run.signal, datum, run.job.fit.samples == "full")
         if isinstance(prepared, Samples):
@@ -323,7 +337,14 @@ def _described(content: Any) -> str:
 
 
 def encode_shard(
-    run: OpenRun, shard: Shard, *, attempt: str, order: int, worker: str, quarantine: str | None = None
+    run: OpenRun,
+    shard: Shard,
+    *,
+    attempt: str,
+    order: int,
+    worker: str,
+    quarantine: str | None = None,
+    epoch: int | None = None,
 ) -> Iterator[Progress | ShardReport]:
     """Fit the data of a shard, write their rows and commit them; the report comes last.
 
@@ -333,9 +354,11 @@ def encode_shard(
         attempt: names this attempt's file.
         order: the rank of this lease.
         quarantine: write the rows as `crashed` with this reason, without fitting.
+        epoch: commit only while no driver of a later one has taken over.
 
     Raises:
         EncodeError: if the rows that were written are not the rows that are read back.
+        SupersededError: if another driver has taken over.
     """
     started = time.perf_counter()
     rows: dict[str, Row] = {}
@@ -364,12 +387,24 @@ def encode_shard(
         checksum = run.folder.files.sha256(name)
     commit = _commit_of(run, shard, table, name, checksum, attempt, order, worker, started, spent)
     with _output(run, name):
-        won = run.folder.commit(commit) if former is None else run.folder.recommit(commit)
-    if not won:
-        run.folder.files.remove(name)
-    elif former is not None:
+        won = _is_first(run, commit, replaces=former is not None, epoch=epoch)
+    if won and former is not None:
         run.folder.files.remove(former.file)
-    yield ShardReport(commit, won)
+    yield ShardReport(commit, won, cut=not won and run.folder.is_cut(shard))
+
+
+def _is_first(run: OpenRun, commit: Commit, replaces: bool, epoch: int | None) -> bool:
+    """Commit, unless another attempt or another driver came before; then remove the file."""
+    try:
+        if epoch is not None:
+            run.folder.refuse_superseded(epoch)
+    except SupersededError:
+        run.folder.files.remove(commit.file)
+        raise
+    won = run.folder.recommit(commit) if replaces else run.folder.commit(commit)
+    if not won:
+        run.folder.files.remove(commit.file)
+    return won
 
 
 class _Spent:
@@ -425,7 +460,7 @@ def _read(run: OpenRun, shard: Shard, attempt: str, known: set[str]) -> Generato
             row.reason = prepared
             yield _Read(row)
             continue
-        row.metrics = run.signal.measures(datum.content)
+        row.metrics = run.signal.measures(datum.content) | datum.metrics
         if datum.repeat:
             row.metrics["repeat"] = float(datum.repeat)
         yield _Read(row, datum.content, prepared)

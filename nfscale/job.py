@@ -24,11 +24,13 @@ from pydantic import (
     PositiveInt,
     ValidationError,
     create_model,
+    field_validator,
     model_validator,
 )
 
 from nfscale.datasets import DATASETS
 from nfscale.datasets.base import Dataset, Opener, Repeated, open_limited
+from nfscale.datasets.tiled import Runs, Tiled, counted
 from nfscale.engine.problem import unsolvable
 from nfscale.engine.result import Stop
 from nfscale.engine.sampling import Sampling
@@ -47,6 +49,7 @@ from nfscale.optim import (
     automatic_kind,
 )
 from nfscale.signals import SIGNALS, samples_per_axis
+from nfscale.signals.tiles import Gridded, Tile
 from nfscale.store.schema import StoreDtype
 
 FORMAT_VERSION = 1
@@ -78,6 +81,19 @@ class SignalSection(_Section):
 
     channels: PositiveInt | Literal["auto"] = "auto"
     """auto: the first readable datum decides."""
+    tile: Tile | None = None
+    """Cut data into blocks that overlap, each a field of its own, which `nfscale decode` blends: the size along all
+    axes or along each (256, 64x64; of sounds in seconds), or {size: 256, overlap: 16}. Of image, audio, video, volume.
+    """
+
+    @field_validator("tile", mode="before")
+    @classmethod
+    def _parsed_tile(cls, given: Any) -> Tile | None:
+        signal = SIGNALS[cls.model_fields["kind"].default]
+        if given is not None and not issubclass(signal, Gridded):
+            cut = ", ".join(sorted(kind for kind, one in SIGNALS.items() if issubclass(one, Gridded)))
+            raise ValueError(f"such data are no grids that can be cut into blocks; those of {cut} are")
+        return None if given is None else Tile.parsed(given, signal.grid_axes, signal.whole_cells)
 
 
 class FieldSection(_Section):
@@ -210,7 +226,10 @@ class EncodeJob(_Section):
     store: StoreSection = StoreSection()
     track: TrackSection = TrackSection()
     workers: NonNegativeInt | Literal["auto"] = "auto"
+    """0: in this process, without Ray; auto: as many as there is room for, on a cluster that grows `max_workers`."""
     max_workers: PositiveInt | None = None
+    workers_per_gpu: NonNegativeInt = 1
+    """That share each GPU; 0: workers that leave the GPUs alone."""
     checkpoint_minutes: PositiveFloat = 10.0
     """Accepted, and without effect so far: a shard is seconds of work, and a retry begins it anew."""
     max_failed_fraction: float = Field(default=0.01, ge=0, le=1)
@@ -222,6 +241,8 @@ class EncodeJob(_Section):
         field = self.build_field(dimensions=SIGNALS[self.signal.kind].dimensions, channels=1)
         optimizer = self.build_optimizer(samples_per_step=1)
         signal = self._possible_signal()
+        if self.tile is not None:
+            signal.refuse_tile(self.tile)
         if isinstance(optimizer, Solver):
             self._solver_can(optimizer, field, signal)
         if self.needs_calibration and self.field.init == "per_datum":
@@ -257,7 +278,7 @@ class EncodeJob(_Section):
 
         Raises what is wrong with its keys whatever the data are.
         """
-        keys = self.signal.model_dump(exclude={"kind"})
+        keys = self.signal.model_dump(exclude={"kind", "tile"})
         counts = _POSSIBLE_CHANNELS if keys["channels"] == "auto" else (keys["channels"],)
         wrong = []
         for channels in counts:
@@ -272,10 +293,29 @@ class EncodeJob(_Section):
         """Whether the fields share curvature that is estimated once per job."""
         return getattr(self.optimizer, "curvature", None) == "shared"
 
+    @property
+    def tile(self) -> Tile | None:
+        """How data are cut into blocks, if they are."""
+        return self.signal.tile
+
+    def tile_description(self) -> dict[str, Any]:
+        """Of blocks, for readers without nfscale; empty where data are not cut."""
+        return {} if self.tile is None else {"tile": self._possible_signal().tile_description(self.tile)}
+
     def open_dataset(self) -> Dataset:
-        """The dataset with its limit and its repeats applied."""
+        """The dataset with its limit and its repeats applied; whole data, where they are to be cut."""
         dataset = open_limited(self.dataset.opener(self.signal.kind), self.dataset.limit, self.seed)
         return dataset if self.dataset.repeats == 1 else Repeated(dataset, self.dataset.repeats)
+
+    def counted_blocks(self, data: Dataset) -> Runs | None:
+        """How many blocks each of these data has, which reads them all; None where data are not cut."""
+        return None if self.tile is None else counted(data, self._possible_signal(), self.tile)
+
+    def blocks_of(self, data: Dataset, blocks: Runs | None) -> Dataset:
+        """These data cut into as many blocks as were counted."""
+        if self.tile is None or blocks is None:
+            return data
+        return Tiled(data, self._possible_signal(), self.tile, blocks)
 
     def build_signal(self, contents: Sequence[Any]) -> Any:
         """The signal of the run, with what is `auto` decided by these data.
@@ -284,7 +324,7 @@ class EncodeJob(_Section):
             ValueError: if they do not fit it.
         """
         cls = SIGNALS[self.signal.kind]
-        return cls(**cls.settled(self.signal.model_dump(exclude={"kind"}), contents))
+        return cls(**cls.settled(self.signal.model_dump(exclude={"kind", "tile"}), contents))
 
     def build_field(self, dimensions: int, channels: int) -> Any:
         """The field between these numbers of coordinates and channels."""
@@ -359,6 +399,8 @@ class EncodeJob(_Section):
         )
         for name in ("batch", "step"):
             decides["fit"].pop(name)
+        if self.tile is None:
+            decides["signal"].pop("tile")
         decides |= {"store_dtype": self.store.dtype, "ids": ids_digest, "format": FORMAT_VERSION}
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from nfscale.signals.base import (
-    Pointwise,
     Samples,
     in_full_range,
     mean_squared_error,
@@ -29,6 +28,7 @@ from nfscale.signals.base import (
 from nfscale.signals.grids import cell_centres, z_order
 from nfscale.signals.image import converted
 from nfscale.signals.mapped import MAX_MAPPED, MappedCells, checked_count, drawn_samples, mapping_of
+from nfscale.signals.tiles import Gridded, Tile, psnr_of_arrays
 
 MAX_PIXELS = 16 << 20
 """Over all frames that are held as samples: coordinates and values of more would take half a gigabyte."""
@@ -51,7 +51,7 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Video(Pointwise):
+class Video(Gridded):
     """Films of `channels` channels, any number and size of frames, any rate.
 
     Coordinates are (t, y, x), each axis spanning [-1, 1] from edge to edge: frame i of n lies at (2 i + 1) / n - 1, as
@@ -71,6 +71,7 @@ class Video(Pointwise):
     """k >= 2: the last of every k frames is held back, and measured as `quality_heldout`."""
 
     dimensions = 3
+    grid_axes = ("frames", "height", "width")
     quality_name = "psnr_db"
     squared_error = True
 
@@ -196,6 +197,21 @@ class Video(Pointwise):
     def coordinates(self, shape: tuple[Any, ...]) -> Tensor:
         require_decodable(math.prod(shape[:3]))
         return cell_centres(*shape[:3])
+
+    def refuse_tile(self, tile: Tile) -> None:
+        for name in ("resize", "frames"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"signal.{name} would apply to each tile; leave it out, or signal.tile")
+
+    def grid_of(self, content: Any) -> tuple[int, ...]:
+        return _checked(content).values.shape[:3]
+
+    def cut(self, content: Any, box: tuple[slice, ...]) -> Clip:
+        clip = _checked(content)
+        return Clip(np.array(clip.values[box]), clip.rate)
+
+    def whole_quality(self, original: Clip, rebuilt: Clip) -> float:
+        return psnr_of_arrays(original.values, rebuilt.values)
 
     def reconstruct(self, values: Tensor, shape: tuple[Any, ...]) -> list[Clip]:
         """[F, T * H * W, C] in row order -> F clips, clamped to [0, 1]. Without a rate in the shape: `rate`."""

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from nfscale.signals.base import (
-    Pointwise,
     Samples,
     mean_squared_error,
     number_in,
@@ -26,6 +25,7 @@ from nfscale.signals.base import (
 )
 from nfscale.signals.grids import cell_centres, z_order
 from nfscale.signals.mapped import MAX_MAPPED, MappedCells, checked_count, drawn_samples, mapping_of
+from nfscale.signals.tiles import Gridded, psnr_of_arrays
 
 MAX_CELLS = 16 << 20
 """Values that are held as samples: of more, coordinates and values would take gigabytes with the memory around them."""
@@ -57,7 +57,7 @@ class Voxels:
 
 
 @dataclass(frozen=True)
-class Volume(Pointwise):
+class Volume(Gridded):
     """Volumes of `channels` channels, any size and spacing up to `span`.
 
     Coordinates are (z, y, x) of the cell centres in millimetres from the middle of the volume, over half of `span`.
@@ -75,6 +75,7 @@ class Volume(Pointwise):
     """k >= 2: the last of every k slices is held back, and measured as `quality_heldout`."""
 
     dimensions = 3
+    grid_axes = ("depth", "height", "width")
     quality_name = "psnr_db"
     squared_error = True
 
@@ -236,6 +237,34 @@ class Volume(Pointwise):
         require_decodable(math.prod(shape[:3]))
         return self._centres(shape[:3], Voxels(np.empty(0), self._affine(shape)).spacing)
 
+    def grid_of(self, content: Any) -> tuple[int, ...]:
+        values = content.values if isinstance(content, Voxels) else np.asarray(content)
+        if values.ndim not in (3, 4) or 0 in values.shape:
+            raise ValueError(f"a volume is [z, y, x] or [z, y, x, channels], got shape {list(values.shape)}")
+        return values.shape[:3]
+
+    def cut(self, content: Any, box: tuple[slice, ...]) -> Voxels:
+        """With the affine that says where the block is."""
+        given = content if isinstance(content, Voxels) else Voxels(np.asarray(content))
+        affine = plain_affine(self.spacing) if given.affine is None else np.asarray(given.affine, np.float64)
+        first = [one.start for one in box]
+        return Voxels(np.array(given.values[box]), cut(affine, first), _known_range(given), given.stored)
+
+    def whole_shape(self, metrics: dict[str, float]) -> tuple[Any, ...]:
+        shape = super().whole_shape(metrics)
+        back = [-metrics[f"start_{name}"] for name in self.grid_axes]
+        affine = cut(_affine_of(shape), back)
+        return *shape[:3], *(float(np.float32(one)) for one in affine[:3].ravel())
+
+    def block_coordinates(self, places: Sequence[Tensor], block: tuple[Any, ...]) -> Tensor:
+        sides = np.array(block[:3]) * Voxels(np.empty(0), self._affine(block)).spacing
+        span = sides.max() if self.span == "auto" else self.span
+        return super().block_coordinates(places, block) * torch.tensor(sides / span, dtype=torch.float32)
+
+    def whole_quality(self, original: Voxels, rebuilt: Voxels) -> float:
+        low, high = self.limits
+        return psnr_of_arrays(original.values, rebuilt.values, high - low)
+
     def reconstruct(self, values: Tensor, shape: tuple[Any, ...]) -> list[Voxels]:
         """[F, Z * Y * X, C] in row order -> volumes in the data's own unit, not clamped."""
         low, high = self.limits
@@ -277,7 +306,7 @@ def plain_affine(spacing: Sequence[float] | None) -> np.ndarray:
     return np.diag([*(spacing or (1.0, 1.0, 1.0))[::-1], 1.0])
 
 
-def cut(affine: np.ndarray, first: Sequence[int], scale: Any = (1, 1, 1)) -> np.ndarray:
+def cut(affine: np.ndarray, first: Sequence[float], scale: Any = (1, 1, 1)) -> np.ndarray:
     """The affine of a part of a volume, or of other cells that fill the same box.
 
     Args:
@@ -306,7 +335,7 @@ def _described(content: Any, spacing: Sequence[float] | None) -> Voxels:
         ValueError: if it is none.
     """
     given = content if isinstance(content, Voxels) else Voxels(np.asarray(content))
-    values, known = given.values, given.value_range
+    values = given.values
     if values.ndim not in (3, 4) or 0 in values.shape:
         raise ValueError(f"a volume is [z, y, x] or [z, y, x, channels], got shape {list(values.shape)}")
     most = MAX_CELLS if mapping_of(values) is None else MAX_MAPPED
@@ -317,8 +346,7 @@ def _described(content: Any, spacing: Sequence[float] | None) -> Voxels:
         )
     if values.dtype.kind not in "biuf":
         raise ValueError(f"volumes are integers or floats, got {values.dtype}")
-    if known is None and given.affine is None and values.dtype in (np.bool_, np.uint8, np.uint16):
-        known = (0.0, 1.0 if values.dtype == np.bool_ else float(np.iinfo(values.dtype).max))
+    known = _known_range(given)
     affine = plain_affine(spacing) if given.affine is None else np.asarray(given.affine, np.float64)
     found = Voxels(values if values.ndim == 4 else values[..., None], affine, known, given.stored)
     if affine.shape != (4, 4) or not np.isfinite(affine).all():
@@ -371,6 +399,14 @@ def _as_floats(values: np.ndarray, stored: tuple[float, float]) -> np.ndarray:
 def _refuse_infinite(values: np.ndarray) -> None:
     if not np.isfinite(values).all():
         raise ValueError("the volume holds NaN or infinite values, or some that float32 does not hold")
+
+
+def _known_range(volume: Voxels) -> tuple[float, float] | None:
+    """What values there can be: all that integers of 8 or 16 bits in npy and pictures can."""
+    kind = volume.values.dtype
+    if volume.value_range is None and volume.affine is None and kind in (np.bool_, np.uint8, np.uint16):
+        return 0.0, 1.0 if kind == np.bool_ else float(np.iinfo(kind).max)
+    return volume.value_range
 
 
 def _is_range(pair: Any) -> bool:
