@@ -85,6 +85,8 @@ class Plan:
     theta0: np.ndarray | None
     """float32 [P], what all fields start from; None where each starts from its own."""
     calibration_positions: tuple[int, ...] = ()
+    learned: dict[str, float] = field(default_factory=dict)
+    """What it took to learn theta0, see `nfscale.engine.LearnedStart`; empty where it was drawn."""
     versions: dict[str, str] = field(default_factory=dict)
     format: int = 1
 
