@@ -11,7 +11,7 @@ import platform
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -27,7 +27,7 @@ from nfscale.coordinator import portion
 from nfscale.datasets import Dataset, Datum, seeded_sample
 from nfscale.datasets.base import ids_digest
 from nfscale.datasets.tiled import PROBED_BLOCKS, Tiled
-from nfscale.engine import Calibration, Check, Fitted, calibrate, fit
+from nfscale.engine import Calibration, Check, Fitted, LearnedStart, calibrate, fit, learn_start
 from nfscale.engine.dispatch import StepName, chosen
 from nfscale.engine.loop import SELECTS_WITHOUT_CHECK
 from nfscale.engine.sampling import DRAWN_IN_FULL
@@ -102,7 +102,12 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
     optimizer = job.build_optimizer(per_step)
     if isinstance(optimizer, Solver) and (why := optimizer.too_large(field.layout.size, per_step * signal.channels)):
         raise CallerError(f"optimizer.kind={job.optimizer.kind} cannot be used: {why}")
-    theta0 = theta0_of(field, job.seed).numpy() if job.field.init == "shared" else None
+    theta0, learned = None, {}
+    if job.field.init == "learned":
+        start = _learned_start(job, dataset, signal, field, per_step, device)
+        theta0, learned = start.theta0.numpy(), start.figures()
+    elif job.field.init == "shared":
+        theta0 = theta0_of(field, job.seed).numpy()
     positions: list[int] = []
     if job.needs_calibration:
         wanted = job.optimizer.calibration_data
@@ -121,9 +126,43 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
         theta0=theta0,
         calibration_positions=tuple(positions),
         blocks=blocks,
+        learned=learned,
         versions=_versions(),
         format=FORMAT_VERSION,
     )
+
+
+def _learned_start(
+    job: EncodeJob, dataset: Dataset, signal: Signal, field: Field, per_step: int, device: str
+) -> LearnedStart:
+    """theta0 from a sample of the dataset; a resume finds it in the plan.
+
+    Raises:
+        CallerError: if the dataset is smaller than the sample, or nothing was learned.
+    """
+    learner = job.build_learner()
+    if len(dataset.ids) < learner.data:
+        raise CallerError(
+            f"field.init=learned learns from learning.data={learner.data} data, and the dataset has "
+            f"{len(dataset.ids)}; use learning.data={len(dataset.ids)}, a larger dataset or field.init=shared"
+        )
+    positions = seeded_sample(dataset.ids, 4 * learner.data, job.seed, "learning")
+    data = _samples_of_one_kind(dataset, signal, positions, learner.data, job.fit.samples == "full")
+    try:
+        return learn_start(
+            field,
+            signal,
+            data,
+            learner=learner,
+            learning_rate=job.learning_rate_of_adam(per_step),
+            seed=job.seed,
+            samples=job.fit.samples,
+            sampling=job.fit.sampling,
+            step=job.fit.step,
+            device=device,
+        )
+    except ValueError as error:
+        raise CallerError(f"field.init=learned: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -295,21 +334,30 @@ def calibrate_run(run: OpenRun, crashes: int = 0) -> None:
 
 
 def _calibration_samples(run: OpenRun, crashes: int) -> list[tuple[str, Samples]]:
-    """The first `calibration_data` readable data of one kind, or all of the commonest kind."""
+    """Of the calibration; see `_samples_of_one_kind`."""
     wanted = run.job.optimizer.calibration_data
+    positions = portion(run.plan.calibration_positions, crashes)
+    data = _samples_of_one_kind(run.dataset, run.signal, positions, wanted, run.job.fit.samples == "full")
+    if not data:
+        raise EncodeError("none of the data drawn for the calibration can be read; see `nfscale status` after a fit")
+    return data
+
+
+def _samples_of_one_kind(
+    dataset: Dataset, signal: Signal, positions: Sequence[int], wanted: int, in_full: bool
+) -> list[tuple[str, Samples]]:
+    """The first `wanted` readable data of one kind at these positions, or all of the commonest kind."""
     by_kind: dict[Kind, list[tuple[str, Samples]]] = {}
-    for position in portion(run.plan.calibration_positions, crashes):
-        datum = run.dataset.read(position)
-        prepared = _prepared(run.signal, datum, run.job.fit.samples == "full")
+    for position in positions:
+        datum = dataset.read(position)
+        prepared = _prepared(signal, datum, in_full)
         if isinstance(prepared, Samples):
             prepared = replace(prepared, heldout=None)
             group = by_kind.setdefault(prepared.kind, [])
             group.append((datum.id, prepared))
             if len(group) == wanted:
                 return group
-    if not by_kind:
-        raise EncodeError("none of the data drawn for the calibration can be read; see `nfscale status` after a fit")
-    return max(by_kind.values(), key=len)
+    return max(by_kind.values(), key=len, default=[])
 
 
 def _prepared(signal: Signal, datum: Datum, in_full: bool) -> Samples | str:

@@ -116,6 +116,11 @@ class Batch:
         if indices:
             self.best_rows[indices] = self.rows[indices]
 
+    def back_to_best(self, indices: list[int]) -> None:
+        """Go on from the best params of these slots; the optimiser's memory stays."""
+        if indices:
+            self.rows[indices] = self.best_rows[indices]
+
     def select(self, indices: list[int], errors: Tensor) -> None:
         """Choose what the steps of these slots draw from until the next check, by the errors [len(indices), N]."""
         chosen, fields = selected(errors), torch.tensor(indices, device=errors.device)

@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -24,7 +25,7 @@ from nfscale.engine.result import Fitted, Result, Stop
 from nfscale.engine.sampling import DRAWN_IN_FULL, Sampler, Sampling
 from nfscale.engine.step import evaluate, stack_samples
 from nfscale.fields import Field, theta0_of
-from nfscale.optim import Optimizer, Solver
+from nfscale.optim import Optimizer, Scheduled, Solver
 from nfscale.rng import as_tensor, datum_seed
 from nfscale.signals import Samples, Signal
 from nfscale.signals.base import Kind
@@ -37,6 +38,12 @@ lost for good, while a spike of a field that is already good recovers as the lea
 SELECTS_WITHOUT_CHECK = (
     "sampling=error goes by the errors that checks see, and data of this kind are checked on samples that no step "
     "takes; use sampling=stratified"
+)
+
+
+LADDER_IS_NO_PLATEAU = (
+    "each budget of a ladder (first_steps) begins with a loss of quality, which plateau_checks take for a plateau; "
+    "use one of the two"
 )
 
 
@@ -149,6 +156,13 @@ def _refuse_bad(
     every = getattr(optimizer, "update_every", 1)
     if optimizer.needs & {"hv", "cadence"} and stop.max_steps > stop.cadence and stop.cadence % every:
         raise ValueError(f"check_every={stop.check_every} is not a multiple of the optimiser's update_every={every}")
+    first = optimizer.schedule.first_steps if isinstance(optimizer, Scheduled) else None
+    if first is None:
+        return
+    if first % stop.cadence:
+        raise ValueError(f"the schedule's first_steps={first} is not a multiple of check_every={stop.check_every}")
+    if stop.plateau_checks is not None:
+        raise ValueError(LADDER_IS_NO_PLATEAU)
 
 
 def _shared_start(
@@ -264,7 +278,7 @@ class _Loop:
             share = (after - before) / len(active)
             for index in active:
                 batch.slot(index).wall_seconds += share
-            fresh, leaving = [], []
+            fresh, leaving, climbing = [], [], []
             for index in active:
                 verdict = self._verdict(batch.slot(index), *measured[index])
                 if verdict is Result.DIVERGED and batch.slot(index).restarts < self.stop.max_restarts:
@@ -273,12 +287,20 @@ class _Loop:
                     fresh.append(index)
                 elif verdict is not None:
                     leaving.append((index, verdict))
+                elif batch.slot(index).step in self._rungs:
+                    climbing.append(index)
+            batch.back_to_best(climbing)
             yield from self._leave(batch, leaving)
             taken = len(active) * self.stop.cadence
             self.observe(Check(len(active), len(leaving), taken, self.step.name, between - before, after - between))
             fresh += self._refill(batch, queue, kind, capacity)
             self._look(batch, fresh)
             self._compact(batch)
+
+    @cached_property
+    def _rungs(self) -> frozenset[int]:
+        """The steps after which a budget of a ladder ends and the next one begins."""
+        return frozenset(self.optimizer.schedule.budgets[:-1] if isinstance(self.optimizer, Scheduled) else ())
 
     def _advance(self, batch: Batch, active: list[int]) -> None:
         """To the next check."""

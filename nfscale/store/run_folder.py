@@ -96,6 +96,8 @@ class Plan:
     blocks: tuple[tuple[int, tuple[int, ...]], ...] | None = None
     """Of data that are cut into blocks, which `data_count` counts: how many each has by axis, as pairs of a number of
     data that follow each other and their counts."""
+    learned: dict[str, float] = field(default_factory=dict)
+    """What it took to learn theta0, see `nfscale.engine.LearnedStart`; empty where it was drawn."""
     versions: dict[str, str] = field(default_factory=dict)
     format: int = 1
 
