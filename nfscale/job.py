@@ -89,8 +89,8 @@ class FieldSection(_Section):
     """Keys of every field kind."""
 
     init: Literal["shared", "learned", "per_datum"] = "shared"
-    """shared: all fields start from one draw; learned: from what the section `learning` makes of it; per_datum: from draws
-    of their own."""
+    """shared: all fields start from one draw; learned: from what the section `learning` makes of it; per_datum: each
+    from its own."""
 
 
 class LearningSection(_Section):
