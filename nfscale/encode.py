@@ -104,7 +104,7 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
         raise CallerError(f"optimizer.kind={job.optimizer.kind} cannot be used: {why}")
     theta0, learned = None, {}
     if job.field.init == "learned":
-        start = _learned_start(job, dataset, signal, field, per_step, device)
+        start = _learned_start(job, dataset, signal, field, per_step)
         theta0, learned = start.theta0.numpy(), start.figures()
     elif job.field.init == "shared":
         theta0 = theta0_of(field, job.seed).numpy()
@@ -132,9 +132,7 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
     )
 
 
-def _learned_start(
-    job: EncodeJob, dataset: Dataset, signal: Signal, field: Field, per_step: int, device: str
-) -> LearnedStart:
+def _learned_start(job: EncodeJob, dataset: Dataset, signal: Signal, field: Field, per_step: int) -> LearnedStart:
     """theta0 from a sample of the dataset; a resume finds it in the plan.
 
     Raises:
@@ -159,7 +157,6 @@ def _learned_start(
             samples=job.fit.samples,
             sampling=job.fit.sampling,
             step=job.fit.step,
-            device=device,
         )
     except ValueError as error:
         raise CallerError(f"field.init=learned: {error}") from error

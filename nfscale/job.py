@@ -106,7 +106,7 @@ class FieldSection(_Section):
 
     init: Literal["shared", "learned", "per_datum"] = "shared"
     """shared: all fields start from one draw; learned: from what the section `learning` makes of it; per_datum: each
-    from a draw of its own."""
+    from its own."""
 
 
 class LearningSection(_Section):
