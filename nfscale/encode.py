@@ -213,6 +213,8 @@ class OpenRun:
         self.signal: Signal = built(SIGNALS, self.plan.forward["signal"])
         self.field: Field = self.job.build_field(self.signal.dimensions, self.signal.channels)
         self.optimizer: Optimizer | Solver = self.job.build_optimizer(self.plan.samples_per_step)
+        self.committed_at: float | None = None
+        """When this process last had rows ready to be committed, by `time.perf_counter`."""
         if self.field.layout != self.plan.layout:
             raise EncodeError("the field of this nfscale has another layout than the run's; use the run's version")
 
@@ -350,6 +352,8 @@ def encode_shard(
     started = time.perf_counter()
     rows: dict[str, Row] = {}
     spent = _Spent()
+    if run.committed_at is not None:
+        spent.seconds["between"] = started - run.committed_at
     former = run.folder.commit_of(shard) if shard.again else None
     kept = run.plan.table_schema().empty_table() if former is None else _ok_rows(run, former)
     begun = None if former is not None else checkpoint.load(run.folder, shard, run.plan.table_schema())
@@ -377,6 +381,7 @@ def encode_shard(
         _write(run, shard, table, name)
         checksum = run.folder.files.sha256(name)
     commit = _commit_of(run, shard, table, name, checksum, attempt, order, worker, started, spent)
+    run.committed_at = time.perf_counter()
     with _output(run, name):
         won = _is_first(run, commit, replaces=former is not None, epoch=epoch)
     if won and former is not None:
