@@ -2,8 +2,9 @@
 
 from nfscale.engine.calibrate import Calibration, calibrate
 from nfscale.engine.learned import LEARNERS, LearnedStart, learn_start
-from nfscale.engine.loop import Check, fit
+from nfscale.engine.loop import Check, fit, fit_and_checks
 from nfscale.engine.result import Fitted, Result, Stop
+from nfscale.engine.snapshot import Snapshot
 
 __all__ = [
     "LEARNERS",
@@ -12,8 +13,10 @@ __all__ = [
     "Fitted",
     "LearnedStart",
     "Result",
+    "Snapshot",
     "Stop",
     "calibrate",
     "fit",
+    "fit_and_checks",
     "learn_start",
 ]

@@ -1,6 +1,7 @@
 """The folder of a run: what is in it, and the only ways in which something gets there.
 
     job.json                           the frozen plan; written first, put-if-absent
+    checkpoints/shard-00042.npz        while a shard takes long: its fields so far; removed with the commit
     calibration.parquet                what all fields share beside theta0; put-if-absent
     data/shard-00042.<attempt>.parquet written by one attempt, under a name of its own
     commits/shard-00042.json           put-if-absent: names the one file that counts, or the parts it was cut into
@@ -42,6 +43,7 @@ WORST_TABLE = "review/worst.json"
 JOB_FILE = "review/job.yaml"
 IPC_COPY = "weights.arrow"
 _CONTROL = "_control"
+_CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,8 @@ class Commit:
     """Over the rows that were fitted."""
     spent: dict[str, float] = field(default_factory=dict)
     """Parts of `seconds`: optimiser `steps`, `checks` between them, waiting for data that are not read yet
-    (`reading`), `measuring` the rows as readers decode them, and `writing` them."""
+    (`reading`), `measuring` the rows as readers decode them, `writing` them, and `keeping` checkpoints. And
+    beside them what passed `between` the rows of the worker's last shard and this one: a commit, a report, a lease."""
 
     @property
     def failed(self) -> int:
@@ -290,6 +293,11 @@ class RunFolder:
         """Where an attempt writes its rows."""
         return f"data/{shard.name}.{attempt}.parquet"
 
+    @staticmethod
+    def checkpoint_file(shard: Shard) -> str:
+        """Where attempts at a shard keep what they have so far."""
+        return _checkpoint_file(shard.name)
+
     def commit(self, commit: Commit) -> bool:
         """Make an attempt's file the one that counts; False if another attempt was first."""
         return self.files.put_if_absent(_commit_file(commit.shard), schema.json_bytes(asdict(commit)))
@@ -365,9 +373,15 @@ class RunFolder:
                 self.files.remove(name)
 
     def uncommitted(self) -> list[str]:
-        """Files of attempts that no commit names: in flight, lost to another attempt, or left by a kill."""
-        named = {commit.file for commit in self.commits()}
-        return sorted({*self.files.names("data"), *self.files.unfinished()} - named)
+        """Files of attempts that no commit names: in flight, lost to another attempt, or left by a kill.
+
+        Checkpoints are among them where their shard is committed.
+        """
+        commits = self.commits()
+        named = {commit.file for commit in commits}
+        done = {_checkpoint_file(commit.shard) for commit in commits}
+        kept = [name for name in self.files.names(_CHECKPOINTS) if name in done or self.is_complete]
+        return sorted({*self.files.names("data"), *self.files.unfinished(), *kept} - named)
 
     # --- the driver
 
@@ -446,6 +460,10 @@ class RunFolder:
 
 def _epoch_file(epoch: int) -> str:
     return f"{_CONTROL}/epoch-{epoch:06d}.json"
+
+
+def _checkpoint_file(shard: str) -> str:
+    return f"{_CHECKPOINTS}/{shard}.npz"
 
 
 def _commit_file(shard: str) -> str:
