@@ -174,7 +174,7 @@ class Summary:
     """Wall seconds of these workers by what they went into, see `Commit.spent`; all of theirs are
     `seconds` times `workers`."""
     tracking: dict[str, float] = field(default_factory=dict)
-    """Wall seconds that MLflow took beside the work, see `Tracker.seconds`."""
+    """Seconds that MLflow took beside the work, see `Tracker.seconds`."""
     first_lease_at: float | None = None
     """By `time.monotonic`."""
     was_complete: bool = False
