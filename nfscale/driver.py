@@ -191,7 +191,7 @@ class Summary:
     """Wall seconds of these workers by what they went into, see `Commit.spent`; all of theirs are
     `seconds` times `workers`."""
     tracking: dict[str, float] = field(default_factory=dict)
-    """Wall seconds that MLflow took beside the work, see `Tracker.seconds`."""
+    """Seconds that MLflow took beside the work, see `Tracker.seconds`."""
     shards: int = 0
     """Committed, parts of those that were cut among them."""
     driver_cpu_seconds: float = 0.0

@@ -125,9 +125,9 @@ class Tracker:
         self._ending: Callable[[], None] | None = None
         self.problem: str | None = None
         """Why MLflow does not have the run, if it has not."""
-        self.seconds: dict[str, float] = {"opening": 0.0, "logging": 0.0, "closing": 0.0}
-        """Wall seconds of the thread, while others work: until it has what was committed before, then until the last
-        commit, then report, model and totals."""
+        self.seconds = {f"{phase}{kind}": 0.0 for phase in ("opening", "logging", "closing") for kind in ("", "_cpu")}
+        """Wall seconds of the thread, while others work, and what it computed in them (`_cpu`): until it has what was
+        committed before, then until the last commit, then report, model and totals."""
         self._thread = threading.Thread(target=self._work, name="nfscale-mlflow", daemon=True)
         self._thread.start()
 
@@ -170,8 +170,7 @@ class Tracker:
 
     def _look(self) -> None:
         assert self._pace is not None
-        if self._calls.empty():  # commits come first
-            self._need().log_nodes(self._pace.measured())
+        self._need().log_nodes(self._pace.measured())
 
     def _need(self) -> "_Projection":
         assert self._projection is not None, "on_start comes first"
@@ -185,7 +184,7 @@ class Tracker:
             self._try("closing", self._ending)
 
     def _try(self, phase: str, call: Callable[[], None]) -> None:
-        started = time.monotonic()
+        started, computed = time.monotonic(), time.thread_time()
         try:
             call()
         except Exception as error:  # whatever a tracking server answers, the encode goes on
@@ -196,6 +195,7 @@ class Tracker:
                     f"goes on, and `nfscale review {self._folder}` writes it later"
                 )
         self.seconds[phase] += time.monotonic() - started
+        self.seconds[f"{phase}_cpu"] += time.thread_time() - computed
 
 
 class _Pace:
