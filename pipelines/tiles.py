@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/tiles"))
     parser.add_argument("--id", help="the datum that is decoded")
     parser.add_argument("overrides", nargs="*", help="of the job, as section.key=value")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     name, datum_id, suffix = JOBS[options.what]
     datum_id = options.id or datum_id
     run = options.output / options.what
