@@ -23,14 +23,16 @@ import torch
 from torch import Tensor
 
 from nfscale.ahead import ahead
+from nfscale.coordinator import portion
 from nfscale.datasets import Dataset, Datum, seeded_sample
 from nfscale.datasets.base import ids_digest
 from nfscale.datasets.tiled import PROBED_BLOCKS, Tiled
 from nfscale.engine import Calibration, Check, Fitted, calibrate, fit
 from nfscale.engine.dispatch import StepName, chosen
 from nfscale.engine.loop import SELECTS_WITHOUT_CHECK
+from nfscale.engine.sampling import DRAWN_IN_FULL
 from nfscale.engine.step import evaluate, predicted_at, stack_samples
-from nfscale.errors import CallerError, EncodeError, OutputError
+from nfscale.errors import CallerError, EncodeError, OutputError, SupersededError
 from nfscale.fields import Field, theta0_of
 from nfscale.job import FORMAT_VERSION, EncodeJob
 from nfscale.media import MEDIA, Medium
@@ -67,6 +69,8 @@ class ShardReport:
     commit: Commit
     won: bool
     """False if another attempt had committed before; its rows count, these are gone."""
+    cut: bool = False
+    """Not won, because another driver had cut the shard: its parts are what can be committed."""
 
 
 # --- the plan
@@ -91,7 +95,9 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
     samples = signal.samples(probed.contents[0])
     if job.fit.sampling == "error" and samples.check is not None:
         raise CallerError(f"fit.{SELECTS_WITHOUT_CHECK}")
-    available = len(samples.values)
+    if job.fit.samples == "full" and samples.source is not None:
+        raise CallerError(f"fit.{DRAWN_IN_FULL}")
+    available = samples.count
     per_step = available if job.fit.samples == "full" else min(job.fit.samples, available)
     optimizer = job.build_optimizer(per_step)
     if isinstance(optimizer, Solver) and (why := optimizer.too_large(field.layout.size, per_step * signal.channels)):
@@ -258,8 +264,11 @@ class OpenRun:
         return Calibration(torch.from_numpy(diagonal.copy()), torch.from_numpy(step_rms.copy()), every)
 
 
-def calibrate_run(run: OpenRun) -> None:
+def calibrate_run(run: OpenRun, crashes: int = 0) -> None:
     """Estimate what the fields share and store it, put-if-absent: the first lease of a run.
+
+    Args:
+        crashes: how many attempts have killed their worker, see `nfscale.coordinator.portion`.
 
     Raises:
         EncodeError: if too few data of the calibration sample can be read.
@@ -267,7 +276,7 @@ def calibrate_run(run: OpenRun) -> None:
     calibration = calibrate(
         run.field,
         run.signal,
-        _calibration_samples(run),
+        _calibration_samples(run, crashes),
         optimizer=run.optimizer,  # type: ignore[arg-type] (the job refuses other kinds)
         stop=run.job.fit.stop(),
         seed=run.job.seed,
@@ -285,13 +294,13 @@ def calibrate_run(run: OpenRun) -> None:
     run.folder.write_calibration(steps, calibration.step_rms.numpy(), calibration.diagonal.numpy())
 
 
-def _calibration_samples(run: OpenRun) -> list[tuple[str, Samples]]:
+def _calibration_samples(run: OpenRun, crashes: int) -> list[tuple[str, Samples]]:
     """The first `calibration_data` readable data of one kind, or all of the commonest kind."""
     wanted = run.job.optimizer.calibration_data
     by_kind: dict[Kind, list[tuple[str, Samples]]] = {}
-    for position in run.plan.calibration_positions:
+    for position in portion(run.plan.calibration_positions, crashes):
         datum = run.dataset.read(position)
-        prepared = _prepared(run.signal, datum)
+        prepared = _prepared(run.signal, datum, run.job.fit.samples == "full")
         if isinstance(prepared, Samples):
             prepared = replace(prepared, heldout=None)
             group = by_kind.setdefault(prepared.kind, [])
@@ -303,12 +312,17 @@ def _calibration_samples(run: OpenRun) -> list[tuple[str, Samples]]:
     return max(by_kind.values(), key=len)
 
 
-def _prepared(signal: Signal, datum: Datum) -> Samples | str:
-    """A datum's samples, or the reason why it has none."""
+def _prepared(signal: Signal, datum: Datum, in_full: bool) -> Samples | str:
+    """A datum's samples, or the reason why it has none.
+
+    Args:
+        in_full: every step takes all of them.
+    """
     if datum.content is None:
         return datum.error or "unreadable"
     try:
-        return signal.samples(datum.content)
+        samples = signal.samples(datum.content)
+        return f"fit.{DRAWN_IN_FULL}" if in_full and samples.source is not None else samples
     except ValueError as error:
         return str(error)
     except MemoryError:
@@ -323,7 +337,14 @@ def _described(content: Any) -> str:
 
 
 def encode_shard(
-    run: OpenRun, shard: Shard, *, attempt: str, order: int, worker: str, quarantine: str | None = None
+    run: OpenRun,
+    shard: Shard,
+    *,
+    attempt: str,
+    order: int,
+    worker: str,
+    quarantine: str | None = None,
+    epoch: int | None = None,
 ) -> Iterator[Progress | ShardReport]:
     """Fit the data of a shard, write their rows and commit them; the report comes last.
 
@@ -333,9 +354,11 @@ def encode_shard(
         attempt: names this attempt's file.
         order: the rank of this lease.
         quarantine: write the rows as `crashed` with this reason, without fitting.
+        epoch: commit only while no driver of a later one has taken over.
 
     Raises:
         EncodeError: if the rows that were written are not the rows that are read back.
+        SupersededError: if another driver has taken over.
     """
     started = time.perf_counter()
     rows: dict[str, Row] = {}
@@ -364,12 +387,24 @@ def encode_shard(
         checksum = run.folder.files.sha256(name)
     commit = _commit_of(run, shard, table, name, checksum, attempt, order, worker, started, spent)
     with _output(run, name):
-        won = run.folder.commit(commit) if former is None else run.folder.recommit(commit)
-    if not won:
-        run.folder.files.remove(name)
-    elif former is not None:
+        won = _is_first(run, commit, replaces=former is not None, epoch=epoch)
+    if won and former is not None:
         run.folder.files.remove(former.file)
-    yield ShardReport(commit, won)
+    yield ShardReport(commit, won, cut=not won and run.folder.is_cut(shard))
+
+
+def _is_first(run: OpenRun, commit: Commit, replaces: bool, epoch: int | None) -> bool:
+    """Commit, unless another attempt or another driver came before; then remove the file."""
+    try:
+        if epoch is not None:
+            run.folder.refuse_superseded(epoch)
+    except SupersededError:
+        run.folder.files.remove(commit.file)
+        raise
+    won = run.folder.recommit(commit) if replaces else run.folder.commit(commit)
+    if not won:
+        run.folder.files.remove(commit.file)
+    return won
 
 
 class _Spent:
@@ -420,7 +455,7 @@ def _read(run: OpenRun, shard: Shard, attempt: str, known: set[str]) -> Generato
         seed = datum_seed(run.job.seed, datum.id)
         label = _label(datum, run.plan.label_type)
         row = Row(datum.id, datum.index, "decode_error", shard.index, attempt, seed, datum.split, label)
-        prepared = _prepared(run.signal, datum)
+        prepared = _prepared(run.signal, datum, run.job.fit.samples == "full")
         if isinstance(prepared, str):
             row.reason = prepared
             yield _Read(row)
@@ -517,6 +552,8 @@ def _measure(run: OpenRun, data: list[tuple[Row, Any, Samples]]) -> None:
     by_shape: dict[tuple[Any, ...], list[tuple[Row, Any]]] = {}
     for row, content, samples in data:
         by_kind.setdefault(samples.kind, []).append((row, samples))
+        if samples.source is not None:  # more than is decoded at once
+            continue
         original = run.signal.original(content)
         if run.medium.measurable(original):
             by_shape.setdefault(run.signal.shape_of(row.metrics), []).append((row, original))

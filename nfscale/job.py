@@ -226,7 +226,10 @@ class EncodeJob(_Section):
     store: StoreSection = StoreSection()
     track: TrackSection = TrackSection()
     workers: NonNegativeInt | Literal["auto"] = "auto"
+    """0: in this process, without Ray; auto: as many as there is room for, on a cluster that grows `max_workers`."""
     max_workers: PositiveInt | None = None
+    workers_per_gpu: NonNegativeInt = 1
+    """That share each GPU; 0: workers that leave the GPUs alone."""
     checkpoint_minutes: PositiveFloat = 10.0
     """Accepted, and without effect so far: a shard is seconds of work, and a retry begins it anew."""
     max_failed_fraction: float = Field(default=0.01, ge=0, le=1)
@@ -355,7 +358,7 @@ class EncodeJob(_Section):
         return job if self.optimizer.kind != "auto" else job._with_optimizer(signal, contents[0])
 
     def _with_optimizer(self, signal: Any, content: Any) -> "EncodeJob":
-        available, wanted = len(signal.samples(content).values), self.fit.samples
+        available, wanted = signal.samples(content).count, self.fit.samples
         circumstances = Circumstances(
             target_db=self.fit.target if signal.quality_name.endswith("_db") else None,
             is_in_db=signal.quality_name.endswith("_db"),

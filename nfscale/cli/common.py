@@ -39,3 +39,8 @@ def percentages(counts: dict[str, int]) -> str:
     total = sum(counts.values()) or 1
     ranked = sorted(counts.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {count:,} ({100 * count / total:.1f} %)" for name, count in ranked)
+
+
+def too_many_failed(failed: int, fields: int, max_failed_fraction: float) -> bool:
+    """Whether a run has more failed data than its job allows."""
+    return failed > max_failed_fraction * max(fields, 1)

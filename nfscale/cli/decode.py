@@ -8,7 +8,7 @@ import typer
 from nfscale.cli.common import RunArgument
 from nfscale.errors import CallerError
 from nfscale.media import MEDIA
-from nfscale.store import WeightsTable, open_weights
+from nfscale.store import open_weights
 
 
 def decode(
@@ -30,7 +30,7 @@ def decode(
     medium = MEDIA[table.plan.job["signal"]["kind"]]
     if not out.name.lower().endswith(medium.written):
         raise CallerError(f"cannot write {out.name!r}: decode writes {' and '.join(medium.written)} of this run")
-    key = _key(table, datum)
+    key = table.key_of(datum)
     (wanted,) = table.shapes([key], shape)
     content = table.decode([key], wanted)[0]
     try:
@@ -40,8 +40,3 @@ def decode(
     whole = table.whole(str(key))
     blended = f", {whole.blocks} blocks blended" if whole else ""
     print(f"{out}: datum {datum}, {' x '.join(str(size) for size in wanted if isinstance(size, int))}{blended}")
-
-
-def _key(table: WeightsTable, datum: str) -> str | int:
-    """An id where one has this text, else an index."""
-    return datum if datum in table or not datum.isdecimal() else int(datum)

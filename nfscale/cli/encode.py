@@ -1,8 +1,10 @@
 """`nfscale encode`: plan, fit, store, record, review. Run again, it resumes."""
 
 import os
+import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, get_args
@@ -10,17 +12,18 @@ from typing import Annotated, get_args
 import typer
 from rich.console import Console
 
-from nfscale.cli.common import JsonOption, percentages, warn, write_json
+from nfscale.cli.common import JsonOption, percentages, too_many_failed, warn, write_json
 from nfscale.cli.progress import ProgressDisplay
 from nfscale.datasets import DATASETS
 from nfscale.driver import InProcessPool, Pool, Summary, Termination, open_run, serve, totals
 from nfscale.engine.sampling import Sampling
-from nfscale.errors import ExitCode, NfscaleError
+from nfscale.errors import ExitCode, NfscaleError, SupersededError
 from nfscale.fields import FIELDS
 from nfscale.fields.activations import ACTIVATIONS
 from nfscale.fields.encodings import ENCODINGS
 from nfscale.fields.initializations import INITIALIZATIONS
 from nfscale.job import EncodeJob, load_job
+from nfscale.machine import measured
 from nfscale.optim import METHODS
 from nfscale.review import make_report
 from nfscale.signals import SIGNALS
@@ -29,7 +32,7 @@ from nfscale.store import RunFolder
 from nfscale.store.ipc import write_ipc_copy
 from nfscale.store.run_folder import IPC_COPY, Plan
 from nfscale.store.schema import quality_text
-from nfscale.track import Tracker, tracking_uri
+from nfscale.track import TOO_MANY_FAILED, Tracker, page_of, tracking_uri
 
 _TRACKER_SECONDS = 120.0  # that MLflow may take at the end; the next start writes what is missing then
 
@@ -61,7 +64,7 @@ def encode(
     figures |= _seconds(summary, started)
     write_json(json_file, figures)
     _print_summary(console, figures)
-    if summary.failed > job.max_failed_fraction * max(summary.fields, 1):
+    if too_many_failed(summary.failed, summary.fields, job.max_failed_fraction):
         print(
             f"error: {summary.failed:,} of {summary.fields:,} data failed, more than max_failed_fraction="
             f"{job.max_failed_fraction:g}; `nfscale status {folder}` says why",
@@ -87,18 +90,18 @@ def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console, ret
         f"{job.name}: {plan.data_count:,} data, fields of {plan.layout.size:,} weights, "
         f"{len(plan.shards())} shards, into {folder}"
     )
-    tracker = Tracker(folder, plan, warn) if job.track.enabled else None
+    tracker = Tracker(folder, plan, warn, _nodes(job)) if job.track.enabled else None
     display = ProgressDisplay(console)
     observers = [display, tracker] if tracker else [display]
     pool: Pool | None = None
-    state, code, is_starting = "FAILED", None, False
+    state, tag, code, is_starting = "FAILED", None, None, False
+    summary = Summary(str(folder), job.name, was_complete=folder.is_complete)
     termination = Termination()
     try:
         with termination:
             commits = folder.commits()
             for observer in observers:
                 observer.on_start(folder, plan, commits)
-            summary = Summary(str(folder), job.name, was_complete=folder.is_complete)
             if not folder.is_complete or retry_failed:
                 is_starting = True
                 pool = _pool(job, folder)
@@ -113,8 +116,13 @@ def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console, ret
             make_report(folder)
             if tracker:
                 tracker.log_review()
-            state = "FINISHED"
-            return totals(folder, summary)
+            totals(folder, summary)
+            beyond = too_many_failed(summary.failed, summary.fields, job.max_failed_fraction)
+            state, tag = ("FAILED", TOO_MANY_FAILED) if beyond else ("FINISHED", None)
+            return summary
+    except SupersededError:
+        state = "RUNNING"  # by the other driver
+        raise
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         raise NfscaleError(f"{what}; what is committed stays, and the same command continues") from error
@@ -130,7 +138,8 @@ def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console, ret
         if pool is not None:
             pool.close()
         if tracker:
-            tracker.close(state, _TRACKER_SECONDS)
+            tracker.close(state, _TRACKER_SECONDS, tag)
+            summary.tracking = tracker.seconds
         if code is not None and is_starting:
             _leave_at_once(int(code))
 
@@ -148,7 +157,16 @@ def _pool(job: EncodeJob, folder: RunFolder) -> Pool:
         return InProcessPool(folder)
     from nfscale.distributed import RayPool
 
-    return RayPool(folder, job.workers, job.max_workers)
+    return RayPool(folder, job.workers, job.max_workers, job.workers_per_gpu)
+
+
+def _nodes(job: EncodeJob) -> Callable[[], dict[str, dict[str, float]]]:
+    """What asks the nodes that work on a job what they are doing."""
+    if job.workers == 0:
+        return lambda: {socket.gethostname(): measured()}
+    from nfscale.distributed.nodes import measured_nodes
+
+    return measured_nodes
 
 
 def _device() -> str:
@@ -174,6 +192,7 @@ def _figures(folder: RunFolder, summary: Summary, tracked: bool) -> dict:
     figures |= folder.review_figures()
     figures["table"] = folder.files.place("data")
     figures["tracking_uri"] = tracking_uri(folder) if tracked else None
+    figures["tracking_page"] = page_of(folder) if tracked else None
     return figures
 
 
@@ -200,7 +219,7 @@ def _print_summary(console: Console, figures: dict) -> None:
     console.print(f"table     {figures['table']}  (nfscale.open_weights({figures['output']!r}))")
     console.print(f"report    {figures['report']}")
     if uri := figures["tracking_uri"]:
-        console.print(f"MLflow    {uri}  (mlflow ui --backend-store-uri {uri})")
+        console.print(f"MLflow    {figures['tracking_page'] or f'{uri}  (mlflow ui --backend-store-uri {uri})'}")
 
 
 def _time_text(figures: dict) -> str:

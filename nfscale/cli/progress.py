@@ -74,13 +74,14 @@ class ProgressDisplay:
             parts.append(f"{rate:.1f} fields/s")
             if self._qualities:
                 parts.append(f"median {self._unit} {quality_text(self._unit, statistics.median(self._qualities))}")
-            parts.append(f"{_clock((self._total - self._fields) / rate)} left")
+            parts.append(f"{clock((self._total - self._fields) / rate)} left")
         else:
-            parts.append(f"{_clock(now - self._started)} of preparation")
+            parts.append(f"{clock(now - self._started)} of preparation")
         return ", ".join(parts)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A duration as `1:02:03` or `2:03`."""
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

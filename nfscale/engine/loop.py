@@ -21,7 +21,7 @@ from nfscale.engine.dispatch import Step, StepName, chosen
 from nfscale.engine.memory import batch_slots, estimated_field_bytes, is_out_of_memory, measured_field_bytes
 from nfscale.engine.problem import unsolvable
 from nfscale.engine.result import Fitted, Result, Stop
-from nfscale.engine.sampling import Sampler, Sampling
+from nfscale.engine.sampling import DRAWN_IN_FULL, Sampler, Sampling
 from nfscale.engine.step import evaluate, stack_samples
 from nfscale.fields import Field, theta0_of
 from nfscale.optim import Optimizer, Solver
@@ -234,6 +234,8 @@ class _Loop:
         sampler = Sampler(available, available if self.samples == "full" else self.samples, self.sampling)
         if sampler.selects and kind.check is not None:
             raise ValueError(SELECTS_WITHOUT_CHECK)
+        if kind.is_drawn and self.samples == "full":
+            raise ValueError(DRAWN_IN_FULL)
         if isinstance(self.optimizer, Solver):
             residuals = min(sampler.per_step, available) * self.signal.channels
             if why := self.optimizer.too_large(self.field.layout.size, residuals):
@@ -304,7 +306,9 @@ class _Loop:
         return self._batch_of(taken, sampler)
 
     def _batch_of(self, data: list[tuple[str, Samples]], sampler: Sampler) -> Batch:
-        slots: list[Slot | None] = [Slot(datum_id, datum_seed(self.seed, datum_id)) for datum_id, _ in data]
+        slots: list[Slot | None] = [
+            Slot(datum_id, datum_seed(self.seed, datum_id), samples.source) for datum_id, samples in data
+        ]
         idle = max(0, MINIMUM_SLOTS - len(data))
         slots += [None] * idle
         data = data + data[:1] * idle
@@ -414,7 +418,7 @@ class _Loop:
             if occupant is not None or (datum := queue.take(kind, lookahead)) is None:
                 continue
             datum_id, samples = datum
-            slot = Slot(datum_id, datum_seed(self.seed, datum_id))
+            slot = Slot(datum_id, datum_seed(self.seed, datum_id), samples.source)
             batch.fill(index, slot, self._start_row(datum_id), samples)
             filled.append(index)
         return filled

@@ -56,6 +56,15 @@ def enlarged(image: np.ndarray, factor: int) -> np.ndarray:
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
+def shrunk(image: np.ndarray, longest: int) -> np.ndarray:
+    """A picture whose longer side is at most that: uint8 [H, W, 3 or 4]; a smaller one as it is."""
+    scale = longest / max(image.shape[:2])
+    if scale >= 1:
+        return image
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    return np.asarray(PillowImage.fromarray(image).resize(size, PillowImage.Resampling.BOX))
+
+
 def encoded(image: np.ndarray, kind: Literal["PNG", "WEBP"]) -> bytes:
     """An image as the bytes of a file: exact as PNG, small and good for photographs as WebP."""
     buffer = io.BytesIO()

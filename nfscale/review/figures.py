@@ -1,50 +1,12 @@
-"""Plots of a run, as SVG that takes its ink from the page (light or dark)."""
+"""Plots of single fields, for `nfscale diagnose`: SVG in an ink that is legible on light and dark."""
 
-import io
 from dataclasses import dataclass
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-matplotlib.rcParams.update(
-    {"svg.fonttype": "none", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-)
-
-_INK = "#767676"  # legible on white and on black
-_BLUE, _ORANGE = "#3b82c4", "#d9822b"
-
-
-def histogram(quality: np.ndarray, target: float | None, unit: str) -> str:
-    """How many fields reached which quality, with the target marked."""
-    figure, axes = _new(6.2, 3.0)
-    axes.hist(quality, bins=min(60, max(10, len(quality) // 20)), color=_BLUE, alpha=0.85)
-    for value, style in ((np.median(quality), "-"), (np.percentile(quality, 5), ":")):
-        axes.axvline(value, color=_INK, linestyle=style, linewidth=1)
-    if target is not None:
-        axes.axvline(target, color=_ORANGE, linewidth=1.5)
-        axes.annotate(
-            f" target {target:g}", (target, 1), xycoords=("data", "axes fraction"), color=_ORANGE, va="top", fontsize=9
-        )
-    axes.set_xlabel(f"quality [{unit}]  (line: median, dots: 5th percentile)")
-    axes.set_ylabel("fields")
-    return _svg(figure)
-
-
-def convergence(steps: np.ndarray, bands: list[np.ndarray], target: float | None, unit: str) -> str:
-    """Quantiles of the best quality so far over steps; bands are p05, p25, p50, p75, p95."""
-    figure, axes = _new(6.2, 3.0)
-    p05, p25, p50, p75, p95 = bands
-    axes.fill_between(steps, p05, p95, color=_BLUE, alpha=0.18, linewidth=0, label="5 to 95 %")
-    axes.fill_between(steps, p25, p75, color=_BLUE, alpha=0.35, linewidth=0, label="25 to 75 %")
-    axes.plot(steps, p50, color=_BLUE, linewidth=1.8, label="median")
-    if target is not None:
-        axes.axhline(target, color=_ORANGE, linewidth=1.2)
-    axes.set_xlabel("optimiser steps")
-    axes.set_ylabel(f"best quality so far [{unit}]")
-    axes.legend(frameon=False, labelcolor=_INK, loc="lower right")
-    return _svg(figure)
+from nfscale.review.drawing import BLUE, INK, ORANGE, inked, new, svg
 
 
 def activations(values: dict[str, list[np.ndarray]]) -> str:
@@ -55,16 +17,16 @@ def activations(values: dict[str, list[np.ndarray]]) -> str:
     inside = np.linspace(-0.999, 0.999, 400)
     for row, (name, layers) in zip(grid, values.items(), strict=True):
         for index, axes in enumerate(row):
-            axes.tick_params(colors=_INK, labelsize=7)
+            axes.tick_params(colors=INK, labelsize=7)
             if index >= len(layers):
                 axes.axis("off")
                 continue
-            axes.hist(layers[index], bins=60, density=True, color=_BLUE, alpha=0.85)
+            axes.hist(layers[index], bins=60, density=True, color=BLUE, alpha=0.85)
             if np.abs(layers[index]).max() <= 1:
-                axes.plot(inside, 1 / (np.pi * np.sqrt(1 - inside**2)), color=_ORANGE, linewidth=1)
+                axes.plot(inside, 1 / (np.pi * np.sqrt(1 - inside**2)), color=ORANGE, linewidth=1)
                 axes.set_ylim(0, 3)
-            axes.set_title(f"{name}: layer {index}" if index == 0 else f"layer {index}", fontsize=8, color=_INK)
-    return _svg(figure)
+            axes.set_title(f"{name}: layer {index}" if index == 0 else f"layer {index}", fontsize=8, color=INK)
+    return svg(figure)
 
 
 def spectra(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> str:
@@ -81,13 +43,13 @@ def eigenvalues(curves: dict[str, np.ndarray]) -> str:
 
 def qualities(curves: dict[str, tuple[list[int], list[float]]], unit: str) -> str:
     """Quality over steps of several fits."""
-    figure, axes = _new(6.2, 3.4)
+    figure, axes = new(6.2, 3.4)
     for index, (name, (steps, quality)) in enumerate(curves.items()):
         axes.plot(steps, quality, label=name, color=f"C{index}", linewidth=1.5)
     axes.set_xlabel("optimiser steps")
     axes.set_ylabel(f"quality [{unit}]")
-    axes.legend(frameon=False, labelcolor=_INK, fontsize=8, loc="lower right")
-    return _svg(figure)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc="lower right")
+    return svg(figure)
 
 
 @dataclass(frozen=True)
@@ -122,12 +84,12 @@ def hessians(plots: list[HessianPlot]) -> str:
     for row, plot in zip(grid, plots, strict=True):
         for axes, draw in zip(row, drawn, strict=True):
             draw(axes, plot)
-            _inked(axes)
+            inked(axes)
             axes.tick_params(labelsize=8)
             if axes.get_legend_handles_labels()[0]:
-                axes.legend(frameon=False, labelcolor=_INK, fontsize=7, markerscale=2)
-        row[0].set_title(plot.name, fontsize=9, color=_INK, loc="left")
-    return _svg(figure)
+                axes.legend(frameon=False, labelcolor=INK, fontsize=7, markerscale=2)
+        row[0].set_title(plot.name, fontsize=9, color=INK, loc="left")
+    return svg(figure)
 
 
 def _conditions(axes: Axes, plot: HessianPlot) -> None:
@@ -168,37 +130,12 @@ def _clouds(axes: Axes, plot: HessianPlot) -> None:
 
 
 def _both_logarithmic(curves: dict[str, tuple[np.ndarray, np.ndarray]], x: str, y: str) -> str:
-    figure, axes = _new(6.2, 3.4)
+    figure, axes = new(6.2, 3.4)
     for index, (name, (places, values)) in enumerate(curves.items()):
         axes.plot(places, values, label=name, color=f"C{index}", linewidth=1.5)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.legend(frameon=False, labelcolor=_INK, fontsize=8)
-    return _svg(figure)
-
-
-def _new(width: float, height: float):
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    _inked(axes)
-    return figure, axes
-
-
-def _inked(axes: Axes) -> None:
-    axes.tick_params(colors=_INK, which="both")
-    axes.xaxis.label.set_color(_INK)
-    axes.yaxis.label.set_color(_INK)
-    for spine in axes.spines.values():
-        spine.set_color(_INK)
-
-
-def _svg(figure: Figure) -> str:
-    """The figure as an inline SVG element."""
-    buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-    )
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+    return svg(figure)

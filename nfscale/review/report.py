@@ -1,41 +1,46 @@
 """`report.html`: how did every datum converge, and what do the fields look like? One file, no network.
 
-What is bounded: pictures of at most `_MOSAIC` data and the worst, median and best `_ROW` of them,
-photographs of at most `_CANVASES`; the rest is columns without weights.
+What is bounded: pictures of at most `_MOSAIC` data and the worst, median and best `_ROW` of them, photographs of at
+most `_CANVASES`, each as large as a page shows it; plots are bins, quantiles and samples. Memory holds numbers of every
+datum and no weights, see `gathered`.
 """
 
-import json
+import contextlib
+import io
 import re
-from collections import Counter
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from importlib.resources import files as resources
 from typing import Any
 
-import jinja2
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
+import yaml
+from PIL import Image as PillowImage
 
 from nfscale.datasets import Dataset
 from nfscale.encode import OpenRun
+from nfscale.errors import NfscaleError
 from nfscale.media import Panel, pictures
 from nfscale.media.image import sides
-from nfscale.review import figures
+from nfscale.review.gathered import Gathered, gathered
+from nfscale.review.page import rendered
+from nfscale.review.sections import sections, summary_of, unit_of
 from nfscale.review.wholes import WholeShown, wholes
-from nfscale.store.history import quality_quantiles, sampled_histories
-from nfscale.store.run_folder import CONVERGENCE, REPORT, REVIEW_SUMMARY, RunFolder
-from nfscale.store.schema import FAILED_STATUSES, STATUS, json_bytes, quality_text
+from nfscale.store.run_folder import CONVERGENCE, JOB_FILE, REPORT, REVIEW_SUMMARY, WORST_TABLE, RunFolder
+from nfscale.store.schema import json_bytes
 from nfscale.store.table import WeightsTable
 
 _MOSAIC = 96
 _ROW = 6
 _CANVASES = 10
 _WORST = 500
-_ERRORS_SHOWN = 3  # examples of each reason
+_PANEL_BYTES = 160_000  # about 54 of them are in a page, of at most 20 MB with its mosaic and photographs
+_PANEL_PIXELS = 640
+_CELL_PIXELS = 96  # of the mosaic
+_CANVAS_PIXELS = 1400
 
 
 @dataclass
@@ -51,73 +56,46 @@ class _Rebuilt:
 def make_report(folder: RunFolder) -> dict[str, Any]:
     """Write report.html, its pictures and the convergence tables; the figures it shows.
 
-    Works on a run that is still going: what is committed is what it shows.
+    Works on a run that is still going: what is committed is what it shows. Where the dataset cannot be read any more,
+    or is another by now, the report has no pictures and says why.
 
     Raises:
         CallerError: if this is no run folder.
-        EncodeError: if the dataset is no longer the one that was encoded.
     """
     run, table = OpenRun(folder), WeightsTable(folder)
-    rows = table.to_arrow(["datum_id", "index", "label", "status", "reason", "quality", "quality_heldout", "steps"])
+    rows = gathered(table)
     _write_convergence(table)
-    folder.files.replace("review/worst.csv", _worst_csv(rows))
-    summary = _summary(run, table, rows)
-    context: dict[str, Any] = {"summary": summary, "run": run, "job": json.dumps(run.plan.job, indent=1)}
-    context["unit"] = unit = _unit(run.plan.quality_name)
-    quality = rows["quality"].drop_null().to_numpy()
-    if len(quality):
-        steps, *bands = quality_quantiles(sampled_histories(table), [5, 25, 50, 75, 95])
-        context["histogram"] = figures.histogram(quality, run.job.fit.target, unit)
-        context["convergence"] = figures.convergence(steps, bands, run.job.fit.target, unit)
-        context |= _galleries(run, table, rows)
-    context["failures"] = _failures(rows)
-    pages = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    pages.filters["quality"] = partial(quality_text, run.plan.quality_name)
-    template = pages.from_string((resources("nfscale.review") / "report.html.j2").read_text())
+    worst = _worst_rows(rows)
+    folder.files.replace("review/worst.csv", _worst_csv(worst))
+    folder.files.replace(WORST_TABLE, _worst_json(worst))
+    job_text = yaml.safe_dump(run.plan.job, sort_keys=False, allow_unicode=True)
+    folder.files.replace(JOB_FILE, job_text.encode())
+    summary = summary_of(run, table, rows)
+    context: dict[str, Any] = {"summary": summary, "run": run, "job": job_text, "unit": unit_of(run.plan.quality_name)}
+    context |= {"job_file": folder.files.place(JOB_FILE), "made_at": time.strftime("%Y-%m-%d %H:%M", time.gmtime())}
+    context |= sections(run, table, rows)
+    context["no_pictures"] = ""
+    if len(rows.fitted):
+        try:
+            context |= _galleries(run, table, rows)
+        except (NfscaleError, OSError) as error:
+            context["no_pictures"] = str(error)
     folder.files.replace(REVIEW_SUMMARY, json_bytes(summary))
-    folder.files.replace(REPORT, template.render(**context).encode())
+    folder.files.replace(REPORT, rendered("report.html.j2", run.plan.quality_name, context).encode())
     return summary
 
 
-def _summary(run: OpenRun, table: WeightsTable, rows: pa.Table) -> dict[str, Any]:
-    """The figures of the report's head."""
-    counts = Counter(rows["status"].to_pylist())
-    quality = rows["quality"].drop_null().to_numpy()
-    summary: dict[str, Any] = {
-        "name": run.job.name,
-        "output": str(run.folder),
-        "fields": len(rows),
-        "data": run.plan.data_count,
-        "complete": run.folder.is_complete,
-        "failed": sum(counts[status] for status in FAILED_STATUSES),
-        "counts": dict(sorted(counts.items())),
-        "quality_name": run.plan.quality_name,
-        "weights_per_field": run.plan.layout.size,
-        "table_bytes": sum(commit.bytes for commit in table.commits),
-        "device_seconds": sum(commit.fit_seconds for commit in table.commits),
-        "workers": len({commit.worker for commit in table.commits}),
-        "report": run.folder.files.place(REPORT),
-    }
-    if len(quality):
-        p05, p50, p95 = np.percentile(quality, [5, 50, 95])
-        summary |= {"quality_p05": float(p05), "quality_median": float(p50), "quality_p95": float(p95)}
-        summary |= {"quality_min": float(quality.min()), "steps_mean": float(np.mean(rows["steps"].drop_null()))}
-    if len(heldout := rows["quality_heldout"].drop_null().to_numpy()):
-        summary["quality_heldout_median"] = float(np.median(heldout))
-    return summary
-
-
-def _galleries(run: OpenRun, table: WeightsTable, rows: pa.Table) -> dict[str, Any]:
-    fitted = rows.select(["datum_id", "quality"]).filter(pc.field("quality").is_valid()).sort_by("quality")
+def _galleries(run: OpenRun, table: WeightsTable, rows: Gathered) -> dict[str, Any]:
+    fitted = rows.fitted
     middle = max(0, len(fitted) // 2 - _ROW // 2)
     count = len(fitted)
     ends = {"worst": range(min(_ROW, count)), "best": range(count - 1, max(-1, count - 1 - _ROW), -1)}
     chosen = {"worst": ends["worst"], "median": range(middle, min(middle + _ROW, count)), "best": ends["best"]}
     shown = _Shown(run, table)
-    drawn = {name: shown.data(fitted["datum_id"].take(list(at)).to_pylist()) for name, at in chosen.items()}
+    drawn = {name: shown.data(rows.ids_at(fitted[list(at)])) for name, at in chosen.items()}
     galleries = [(name, [_figure(run, table, datum) for datum in found]) for name, found in drawn.items()]
     medium = run.medium
-    together = list(wholes(run, table, fitted, _CANVASES))
+    together = list(wholes(run, table, rows, _CANVASES))
     if run.job.signal.kind != "image":
         galleries = [*([("whole", [_figure(run, table, one) for one in together])] if together else []), *galleries]
     context: dict[str, Any] = {"galleries": galleries, "legend": medium.legend, "panel_pixels": medium.panel_pixels}
@@ -133,9 +111,9 @@ def _galleries(run: OpenRun, table: WeightsTable, rows: pa.Table) -> dict[str, A
         return context | {"canvases": [_canvas(run, one) for one in together]}
     place = _place_of(run.dataset)
     if place is not None:
-        return context | {"canvases": shown.canvases(fitted["datum_id"].to_pylist(), place)}
+        return context | {"canvases": shown.canvases(rows.ids_at(fitted), place)}
     sample = np.random.default_rng(run.job.seed).permutation(count)[:_MOSAIC]
-    return context | {"mosaic": shown.mosaic(sorted(fitted["datum_id"].take(sample).to_pylist()))}
+    return context | {"mosaic": shown.mosaic(sorted(rows.ids_at(fitted[sample])))}
 
 
 class _Shown:
@@ -145,7 +123,7 @@ class _Shown:
         self.run, self.table = run, table
 
     def data(self, ids: Sequence[str]) -> list[_Rebuilt]:
-        """These data beside what their fields say; one that cannot be read any more is left out."""
+        """These data beside what their fields say; left out are those that cannot be read any more or are too large."""
         if not ids:
             return []
         qualities = self.table.rows(ids)["quality"].to_pylist()
@@ -154,13 +132,14 @@ class _Shown:
             for position, quality in zip(self.table.dataset_positions(ids), qualities, strict=True)
             if (datum := self.run.dataset.read(position)).content is not None
         ]
-        if not read:
+        held: list[tuple[str, float, Any]] = []
+        for datum, quality in read:
+            with contextlib.suppress(ValueError):  # of data that stay in their files
+                held.append((datum.id, quality, self.run.signal.original(datum.content)))
+        if not held:
             return []
-        rebuilt = self.table.decode([datum.id for datum, _ in read])
-        return [
-            _Rebuilt(datum.id, quality, self.run.signal.original(datum.content), content)
-            for (datum, quality), content in zip(read, rebuilt, strict=True)
-        ]
+        rebuilt = self.table.decode([datum_id for datum_id, _, _ in held])
+        return [_Rebuilt(*datum, content) for datum, content in zip(held, rebuilt, strict=True)]
 
     def mosaic(self, ids: list[str]) -> dict[str, Any] | None:
         """These data, originals beside reconstructions."""
@@ -168,7 +147,7 @@ class _Shown:
         if not drawn:
             return None
         sheets = [
-            pictures.grid([pictures.to_uint8(getattr(p, side)) for p in drawn], columns=12)
+            pictures.grid([pictures.shrunk(pictures.to_uint8(getattr(p, side)), _CELL_PIXELS) for p in drawn], 12)
             for side in ("original", "rebuilt")
         ]
         enlarge = max(1, 400 // max(sheets[0].shape[:2]))
@@ -196,21 +175,27 @@ class _Shown:
             sides = {}
             for side in ("original", "rebuilt"):
                 canvas = pictures.assembled({c: pictures.to_uint8(getattr(p, side)) for c, p in tiles.items()}, size)
-                picture = pictures.encoded(canvas, "WEBP")
-                self.run.folder.files.replace(f"review/{name}-{side}.webp", picture)
-                sides[side] = pictures.data_uri(picture, "image/webp")
+                sides[side] = _side(self.run, canvas, f"{name}-{side}")
             quality = [p.quality for p in tiles.values()]
             shown.append({"name": name, "tiles": len(tiles), "quality": float(np.median(quality)), **sides})
         return shown
 
 
+def _side(run: OpenRun, canvas: np.ndarray, name: str) -> str:
+    """A large picture as a file of its own, and for the page, where it is made smaller if need be."""
+    picture = pictures.encoded(canvas, "WEBP")
+    run.folder.files.replace(f"review/{name}.webp", picture)
+    if max(canvas.shape) > _CANVAS_PIXELS:
+        picture = pictures.encoded(pictures.shrunk(canvas, _CANVAS_PIXELS), "WEBP")
+    return pictures.data_uri(picture, "image/webp")
+
+
 def _canvas(run: OpenRun, whole: WholeShown) -> dict[str, Any]:
     """A whole picture beside what its blocks say together."""
-    sides = {}
-    for side in ("original", "rebuilt"):
-        picture = pictures.encoded(pictures.to_uint8(getattr(whole, side)), "WEBP")
-        run.folder.files.replace(f"review/{_file_name(whole.id)}-{side}.webp", picture)
-        sides[side] = pictures.data_uri(picture, "image/webp")
+    name = _file_name(whole.id)
+    sides = {
+        side: _side(run, pictures.to_uint8(getattr(whole, side)), f"{name}-{side}") for side in ("original", "rebuilt")
+    }
     return {"name": whole.id, "tiles": whole.blocks, "quality": whole.blocks_median, "whole": whole.quality, **sides}
 
 
@@ -232,25 +217,16 @@ def _figure(run: OpenRun, table: WeightsTable, datum: _Rebuilt | WholeShown) -> 
 
 
 def _panel(panel: Panel) -> dict[str, Any]:
-    uri = pictures.data_uri(panel.content, panel.mime)
-    return {"is_sound": panel.mime.startswith("audio/"), "uri": uri, "caption": panel.caption}
-
-
-def _failures(rows: pa.Table) -> list[dict[str, Any]]:
-    """Failed data by status and reason, with examples; the commonest first."""
-    failed = rows.filter(STATUS.isin(FAILED_STATUSES))
-    groups: dict[tuple[str, str], list[str]] = {}
-    for row in failed.select(["datum_id", "status", "reason"]).to_pylist():
-        groups.setdefault((row["status"], row["reason"] or ""), []).append(row["datum_id"])
-    ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
-    return [
-        {"status": status, "reason": reason, "count": len(ids), "examples": ids[:_ERRORS_SHOWN]}
-        for (status, reason), ids in ranked[:20]
-    ]
-
-
-def _unit(quality_name: str) -> str:
-    return {"psnr_db": "PSNR, dB", "snr_db": "SNR, dB", "iou": "IoU"}.get(quality_name, quality_name)
+    """A panel as the template shows it; a picture or film of too many bytes as a smaller picture."""
+    content, mime, caption = panel.content, panel.mime, panel.caption
+    if len(content) > _PANEL_BYTES and mime.startswith("image/"):
+        with PillowImage.open(io.BytesIO(content)) as picture:
+            still = np.asarray(picture.convert("RGBA"))
+        content, mime = pictures.encoded(pictures.shrunk(still, _PANEL_PIXELS), "WEBP"), "image/webp"
+    uri = "" if len(content) > 4 * _PANEL_BYTES else pictures.data_uri(content, mime)
+    if not uri:
+        caption = f"{caption}: too large for this page ({len(content) / 1e6:.1f} MB)"
+    return {"is_sound": mime.startswith("audio/"), "uri": uri, "caption": caption}
 
 
 def _write_convergence(table: WeightsTable) -> None:
@@ -265,11 +241,29 @@ def _write_convergence(table: WeightsTable) -> None:
             writer.write_table(pq.read_table(table.file_of(commit), columns=columns).cast(schema))
 
 
-def _worst_csv(rows: pa.Table) -> bytes:
+def _worst_rows(rows: Gathered) -> pa.Table:
+    """The worst data that were fitted, worst first, and before them what failed without a quality."""
+    failed = np.flatnonzero(~np.isfinite(rows.quality))[: _WORST // 2]
+    positions = np.concatenate([rows.fitted[: _WORST - len(failed)], failed])
+    columns = ["datum_id", "index", "quality", "steps", "steps_to_target", "status", "reason", "label", "split"]
+    found = rows.rows_at(positions, columns)
+    return pa.table({name: [row[name] for row in found] for name in columns})
+
+
+def _worst_csv(worst: pa.Table) -> bytes:
     """The worst data as text that MLflow's artifact viewer shows."""
-    columns = ["datum_id", "index", "quality", "steps", "status", "reason", "label"]
-    worst = rows.select(columns).sort_by([("quality", "ascending")]).slice(0, _WORST)
-    plain = worst.set_column(4, "status", worst["status"].cast(pa.string()))
     buffer = pa.BufferOutputStream()
-    pcsv.write_csv(plain, buffer)
+    pcsv.write_csv(worst, buffer)
     return buffer.getvalue().to_pybytes()
+
+
+def _worst_json(worst: pa.Table) -> bytes:
+    """The same as MLflow's own tables are written, which its pages can search and sort; numbers as one reads them."""
+    rows = [[_shown_number(value) for value in row.values()] for row in worst.to_pylist()]
+    return json_bytes({"columns": worst.column_names, "data": rows})
+
+
+def _shown_number(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return round(value, 4) if np.isfinite(value) else None

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from nfscale.datasets.tiled import Tiled
 from nfscale.encode import OpenRun
 from nfscale.errors import CallerError
+from nfscale.review.gathered import Gathered
 from nfscale.signals.tiles import by_whole
 from nfscale.store.table import WeightsTable
 
@@ -33,17 +32,14 @@ class WholeShown:
     """Of their qualities."""
 
 
-def wholes(run: OpenRun, table: WeightsTable, fitted: pa.Table, most: int) -> Iterator[WholeShown]:
-    """The first data all of whose blocks are fitted, in the order of the dataset, as far as `MOST_CELLS` reaches.
-
-    Args:
-        fitted: ids and qualities of the blocks that are.
-    """
+def wholes(run: OpenRun, table: WeightsTable, rows: Gathered, most: int) -> Iterator[WholeShown]:
+    """The first data all of whose blocks are fitted, in the order of the dataset, as far as `MOST_CELLS` reaches."""
     if not isinstance(run.dataset, Tiled):
         return
     left, shown = MOST_CELLS, 0
-    ids = fitted["datum_id"].to_pylist()
-    grouped = {name: [ids[place] for place in places] for name, places in by_whole(ids).items()}
+    ids, qualities = rows.ids_at(rows.fitted), rows.quality[rows.fitted]
+    places = by_whole(ids)
+    grouped = {name: [ids[place] for place in of_one] for name, of_one in places.items()}
     first = {name: table.dataset_positions(blocks[:1])[0] for name, blocks in grouped.items()}
     for name in sorted(grouped, key=first.__getitem__):
         if shown == most:
@@ -62,5 +58,5 @@ def wholes(run: OpenRun, table: WeightsTable, fitted: pa.Table, most: int) -> It
         except (CallerError, ValueError):  # blocks are missing, or it is more than a signal takes at once
             continue
         left, shown = left - cells, shown + 1
-        qualities = fitted.filter(pc.is_in(fitted["datum_id"], value_set=pa.array(grouped[name])))["quality"]  # type: ignore
-        yield WholeShown(name, quality, original, rebuilt, whole.blocks, float(np.median(qualities.to_numpy())))
+        median = float(np.median(qualities[places[name]]))
+        yield WholeShown(name, quality, original, rebuilt, whole.blocks, median)

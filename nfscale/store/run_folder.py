@@ -3,9 +3,10 @@
     job.json                           the frozen plan; written first, put-if-absent
     calibration.parquet                what all fields share beside theta0; put-if-absent
     data/shard-00042.<attempt>.parquet written by one attempt, under a name of its own
-    commits/shard-00042.json           put-if-absent: names the one file that counts
+    commits/shard-00042.json           put-if-absent: names the one file that counts, or the parts it was cut into
     _SUCCESS                           when every datum has a row
     driver.json                        while a driver runs: where, its last sign of life, what is in flight
+    _control/epoch-000007.json         put-if-absent by each driver that starts: the highest one counts
     weights.arrow                      where the job wants it: an uncompressed copy for training
     review/                            report and pictures
 
@@ -15,7 +16,11 @@ Readers open only what the commits name, so a killed or late attempt leaves noth
 import base64
 import io
 import json
-from collections.abc import Iterator, Sequence
+import os
+import socket
+import time
+import uuid
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nfscale.errors import CallerError, MismatchError
+from nfscale.errors import CallerError, MismatchError, SupersededError
 from nfscale.files import Files, open_files
 from nfscale.layout import Layout
 from nfscale.store import schema
@@ -33,7 +38,10 @@ from nfscale.store.schema import LabelType
 REPORT = "review/report.html"
 REVIEW_SUMMARY = "review/summary.json"
 CONVERGENCE = "review/convergence.parquet"
+WORST_TABLE = "review/worst.json"
+JOB_FILE = "review/job.yaml"
 IPC_COPY = "weights.arrow"
+_CONTROL = "_control"
 
 
 @dataclass(frozen=True)
@@ -199,12 +207,17 @@ class RunFolder:
 
     @property
     def tracking(self) -> dict[str, Any]:
-        """Where this run is in MLflow: tracking_uri, run_id, and whether it is there whole."""
+        """Where this run is in MLflow: tracking_uri, experiment_id, run_id, and whether it is there whole."""
         return self._json("mlflow.json")
 
-    def set_tracking(self, tracking_uri: str, run_id: str, whole: bool) -> None:
+    def set_tracking(self, tracking_uri: str, run_id: str, experiment_id: str, whole: bool) -> None:
         """Remember where this run is in MLflow."""
-        content = {"tracking_uri": tracking_uri, "run_id": run_id, "whole": whole}
+        content = {
+            "tracking_uri": tracking_uri,
+            "experiment_id": experiment_id,
+            "run_id": run_id,
+            "whole": whole,
+        }
         self.files.replace("mlflow.json", schema.json_bytes(content))
 
     @property
@@ -261,7 +274,9 @@ class RunFolder:
         """
         if frozen.fingerprint == fingerprint:
             return
-        differing = sorted(_differences(frozen.job, job))
+        differing = [
+            f"{k} ({was!r} in the folder, {now!r} now)" for k, (was, now) in differing_keys(frozen.job, job).items()
+        ]
         what = f"they differ in {', '.join(differing)}" if differing else "its dataset has other ids now"
         raise CallerError(
             f"{self} belongs to another job: {what}; choose another output, or repeat the job it was made with"
@@ -277,22 +292,43 @@ class RunFolder:
         """Make an attempt's file the one that counts; False if another attempt was first."""
         return self.files.put_if_absent(_commit_file(commit.shard), schema.json_bytes(asdict(commit)))
 
+    def cut(self, shard: Shard) -> bool:
+        """Cut a shard for good, so that only its parts can be committed; False if the whole has been committed.
+
+        It takes the place of the shard's commit: a late attempt at the whole finds it there and is not the first.
+        """
+        name = _commit_file(shard.name)
+        content = {"shard": shard.name, "cut": [half.name for half in shard.halves()]}
+        return self.files.put_if_absent(name, schema.json_bytes(content)) or self.is_cut(shard)
+
+    def is_cut(self, shard: Shard) -> bool:
+        """Whether this shard was cut."""
+        return "cut" in self._json(_commit_file(shard.name))
+
     def commits(self) -> list[Commit]:
         """All commits, in the order of their leases."""
+        return self.commits_and_cuts()[0]
+
+    def commits_and_cuts(self) -> tuple[list[Commit], set[str]]:
+        """All commits, in the order of their leases, and the names of the shards that were cut."""
         names = [name for name in self.files.names("commits") if name.endswith(".json")]
-        found = map(self._parsed, names, self.files.read_many(names))
-        return sorted(found, key=lambda commit: commit.order)
+        found = list(map(self._parsed, names, self.files.read_many(names)))
+        commits = sorted((one for one in found if isinstance(one, Commit)), key=lambda commit: commit.order)
+        return commits, {one for one in found if isinstance(one, str)}
 
     def commit_of(self, shard: Shard) -> Commit | None:
         """The commit of a shard, if it has one."""
         try:
-            return self._parsed(name := _commit_file(shard.name), self.files.read(name))
+            found = self._parsed(name := _commit_file(shard.name), self.files.read(name))
         except FileNotFoundError:
             return None
+        return found if isinstance(found, Commit) else None
 
-    def _parsed(self, name: str, content: bytes) -> Commit:
+    def _parsed(self, name: str, content: bytes) -> Commit | str:
+        """A commit, or the name of a shard that was cut."""
         try:
-            return Commit(**json.loads(content))
+            values = json.loads(content)
+            return values["shard"] if "cut" in values else Commit(**values)
         except (ValueError, TypeError) as error:
             raise MismatchError(
                 f"{self.files.place(name)} is not a commit ({error}); remove it, and the same encode fits its "
@@ -320,12 +356,43 @@ class RunFolder:
                 "fits their data again"
             )
 
+    def remove_attempts(self, attempts: Collection[str]) -> None:
+        """Remove what attempts left that were ended from outside."""
+        for name in self.uncommitted() if attempts else ():
+            if any(f".{attempt}." in name for attempt in attempts):
+                self.files.remove(name)
+
     def uncommitted(self) -> list[str]:
         """Files of attempts that no commit names: in flight, lost to another attempt, or left by a kill."""
         named = {commit.file for commit in self.commits()}
         return sorted({*self.files.names("data"), *self.files.unfinished()} - named)
 
     # --- the driver
+
+    def take_over(self) -> int:
+        """Begin an epoch: from now on drivers of earlier ones commit nothing. The number of this one."""
+        content = {"host": socket.gethostname(), "pid": os.getpid(), "at": time.time(), "id": uuid.uuid4().hex}
+        epoch = len(self.files.names(_CONTROL))
+        while not self.files.put_if_absent(_epoch_file(epoch := epoch + 1), schema.json_bytes(content)):
+            pass
+        return epoch
+
+    def refuse_superseded(self, epoch: int) -> None:
+        """Check that no driver has taken over since this epoch began.
+
+        One may do so the moment after: then its own attempt at a shard that is committed now is not the first.
+
+        Raises:
+            SupersededError: if one has.
+        """
+        if self.files.size(_epoch_file(epoch + 1)) is None:
+            return
+        newest = self._json(self.files.names(_CONTROL)[-1])
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(newest["at"]))
+        raise SupersededError(
+            f"another driver took over {self} (process {newest['pid']} on {newest['host']}, since {since} UTC); this "
+            "one ends, what it had committed stays, and the other one continues"
+        )
 
     def beat(self, state: dict[str, Any]) -> None:
         """Say that a driver is alive, and what is in flight."""
@@ -375,19 +442,25 @@ class RunFolder:
         return table["step"].to_numpy(), table["step_rms"].to_numpy(), diagonal.reshape(table.num_rows, -1)
 
 
+def _epoch_file(epoch: int) -> str:
+    return f"{_CONTROL}/epoch-{epoch:06d}.json"
+
+
 def _commit_file(shard: str) -> str:
     return f"commits/{shard}.json"
 
 
-def _differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted keys whose values differ, without those that change no result."""
-    free = {"output", "workers", "max_workers", "track", "checkpoint_minutes", "max_failed_fraction", "name"}
-    free |= {"fit.batch", "fit.step", "store.shard_fields", "store.ipc_copy"}
-    for key in one.keys() | other.keys():
+def differing_keys(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys of two jobs whose values differ, with both values; without those that change no result."""
+    free = {"output", "workers", "max_workers", "workers_per_gpu", "track", "checkpoint_minutes", "name"}
+    free |= {"max_failed_fraction", "fit.batch", "fit.step", "store.shard_fields", "store.ipc_copy"}
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(one.keys() | other.keys()):
         name = prefix + key
         if name in free or one.get(key) == other.get(key):
             continue
         if isinstance(one.get(key), dict) and isinstance(other.get(key), dict):
-            yield from _differences(one[key], other[key], name + ".")
+            found |= differing_keys(one[key], other[key], name + ".")
         else:
-            yield f"{name} ({one.get(key)!r} in the folder, {other.get(key)!r} now)"
+            found[name] = one.get(key), other.get(key)
+    return found

@@ -103,6 +103,11 @@ class WeightsTable:
         files = [prefix + commit.file for commit in self.commits]
         return pds.dataset(files, schema=self.schema, format="parquet", filesystem=filesystem)  # type: ignore
 
+    def files(self) -> list[str]:
+        """Paths or URIs of the committed Parquet files, as DuckDB, Polars, Ray Data and Hugging Face take them."""
+        root = self.folder.files.absolute()
+        return [f"{root}/{commit.file}" for commit in sorted(self.commits, key=lambda commit: commit.start)]
+
     def to_arrow(self, columns: Sequence[str] | None = None, filter: pc.Expression | None = None) -> pa.Table:
         """The rows as an Arrow table, sorted by `index`.
 
@@ -139,6 +144,10 @@ class WeightsTable:
     def matrix(self, column: pa.ChunkedArray) -> np.ndarray:
         """A column of weights, whatever it is rounded to, as the weights that decode: float32 [rows, P]."""
         return restored(as_matrix(column), self.plan.dtype, self.theta0)
+
+    def key_of(self, text: str) -> DatumKey:
+        """What a user typed as a datum: an id where one has this text, else an index."""
+        return text if text in self or not text.isdecimal() else int(text)
 
     def rows(self, keys: Sequence[DatumKey]) -> pa.Table:
         """The rows of these data, in the order asked for.
@@ -284,7 +293,11 @@ class WeightsTable:
 
     def values(self, weights: Tensor, shape: tuple[int, ...]) -> Tensor:
         """What fields say a datum of this shape is, before the signal makes one of it: [F, P] -> [F, N, ...]."""
-        return predicted_at(self.field, self.signal, weights, self.signal.coordinates(shape))
+        try:
+            coordinates = self.signal.coordinates(shape)
+        except ValueError as error:
+            raise CallerError(f"shape: {error}") from error
+        return predicted_at(self.field, self.signal, weights, coordinates)
 
     def torch_dataset(self, standardize: Literal["train", "all"] | None = "train") -> torch.utils.data.TensorDataset:
         """(weights - theta0, label) of the rows that are ok, standardised per weight: float32 [P], int64.
@@ -322,6 +335,13 @@ def as_matrix(column: pa.ChunkedArray) -> np.ndarray:
     size = column.type.list_size
     chunks = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, size) for chunk in column.chunks]
     return np.concatenate(chunks) if chunks else np.empty((0, size), dtype=np.float32)
+
+
+def as_array(content: Any) -> np.ndarray:
+    """The numbers of a decoded datum, float32: of a sound its amplitudes, of a solid its levels on a grid."""
+    for name in ("values", "levels"):
+        content = getattr(content, name, content)
+    return np.asarray(content, dtype=np.float32)
 
 
 def built(kinds: dict[str, type], described: dict[str, Any]) -> Any:

@@ -1,10 +1,11 @@
-"""What a command wrote into a folder, as an MLflow run of its own."""
+"""What a command wrote into a folder, as an MLflow run of its own, or added to that of a job."""
 
 import math
 import os
 from pathlib import Path
 
-from nfscale.track.mlflow_tracker import experiment_id, migrated_store
+from nfscale.store.run_folder import RunFolder
+from nfscale.track.mlflow_tracker import experiment_id, migrated_store, tracking_uri
 
 
 def log_folder(
@@ -29,5 +30,21 @@ def log_folder(
         client.log_artifacts(run_id, str(folder))
         client.set_terminated(run_id)
     except Exception as error:  # whatever a tracking server answers, the figures are in the folder
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return None
+
+
+def log_files(run: RunFolder, place: RunFolder, names: list[str], artifact_path: str) -> str | None:
+    """Add files of a run folder to the MLflow run of another, if it has one. Returns why that failed, or None."""
+    known, uri = run.tracking, tracking_uri(run)
+    if known.get("tracking_uri") != uri:
+        return None
+    from mlflow import MlflowClient
+
+    try:
+        for name in names:
+            with place.files.local_copy(name) as path:
+                MlflowClient(uri).log_artifact(known["run_id"], str(path), artifact_path)
+    except Exception as error:  # whatever a tracking server answers, the files are in the folder
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return None

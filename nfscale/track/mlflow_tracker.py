@@ -13,30 +13,51 @@ import json
 import logging
 import os
 import queue
+import re
 import threading
+import time
 import uuid
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nfscale.encode import Progress
 from nfscale.files import is_uri
 from nfscale.files.user import data_folder
 from nfscale.store.history import quality_quantiles, sampled_histories
-from nfscale.store.run_folder import Commit, Plan, RunFolder
+from nfscale.store.run_folder import WORST_TABLE, Commit, Plan, RunFolder
 from nfscale.store.schema import OK_STATUSES, STATUS
 from nfscale.store.table import WeightsTable
+from nfscale.track.note import note_of
+from nfscale.track.registered import register_decoder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient  # seconds to import
 
 _BATCH = 1000  # metrics that MLflow takes in one call
+_NO_NAME = re.compile(r"[^\w.-]+")  # what a name of a metric had better not hold
 _MODEL_TAG = "nfscale.model"
+_STATE_TAG = "nfscale.state"
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # its pages show charts, not traces
+_DIGEST = 16  # hexadecimal digits that tell datasets apart on a page
+_TABLES_TAG = "mlflow.loggedArtifacts"  # tables that MLflow's pages show as such
+_MOST_SHARDS = 2000  # with points of their own, in a run without points per datum: more make MLflow's pages slow
+_SAMPLE_SECONDS = 10.0  # between two looks at the nodes, at first
+_SAMPLES_AT_ONE_PACE = 360  # then it is half as often, so that a night leaves thousands of points and not millions
+_NODES_AT_ONE_PACE = 4
+_STATES = {"FINISHED": "complete", "FAILED": "failed", "KILLED": "killed", "RUNNING": "running"}
+"""Of a run by its status in MLflow, as tags say it."""
+
+TOO_MANY_FAILED = "too_many_failed"
+"""The state of a complete run with more failed data than its job allows; its status is FAILED."""
+
+Nodes = Callable[[], dict[str, dict[str, float]]]
+"""What each node is doing, by its name, see `nfscale.machine`."""
 _PERCENTILES = {"p05": 5, "p50": 50, "p95": 95}
 
 
@@ -46,6 +67,14 @@ def tracking_uri(folder: RunFolder) -> str:
     SQLite does not live in an object store; for an output there the store is in the user's data folder.
     """
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_store_folder(folder) / 'mlruns.db'}"
+
+
+def page_of(folder: RunFolder) -> str | None:
+    """The page of the run, where a server shows it; None where there is no server or no run."""
+    known = folder.tracking
+    if not known.get("tracking_uri", "").startswith("http"):
+        return None
+    return f"{known['tracking_uri'].rstrip('/')}/#/experiments/{known.get('experiment_id', 0)}/runs/{known['run_id']}"
 
 
 def _store_folder(folder: RunFolder) -> Path:
@@ -65,7 +94,7 @@ def experiment_id(client: "MlflowClient", name: str, store_folder: Path) -> str:
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         location = (store_folder / "mlartifacts").as_uri()
     try:
-        return client.create_experiment(name, artifact_location=location)
+        return client.create_experiment(name, artifact_location=location, tags=_EXPERIMENT_TAGS)
     except MlflowException:  # another process created it in between
         found = client.get_experiment_by_name(name)
         if found is None:
@@ -74,14 +103,31 @@ def experiment_id(client: "MlflowClient", name: str, store_folder: Path) -> str:
 
 
 class Tracker:
-    """Observes a run and writes it to MLflow from a thread of its own."""
+    """Observes a run and writes it to MLflow from a thread of its own.
 
-    def __init__(self, folder: RunFolder, plan: Plan, warn: Callable[[str], None]) -> None:
-        self._folder, self._plan, self._warn = folder, plan, warn
-        self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue()
+    Args:
+        nodes: asked now and then what the nodes are doing; None: nobody is asked.
+        drives: whether this process is about to work on the run; a review only brings it up to date.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        plan: Plan,
+        warn: Callable[[str], None],
+        nodes: Nodes | None = None,
+        drives: bool = True,
+    ) -> None:
+        self._folder, self._plan, self._warn, self._drives = folder, plan, warn, drives
+        self._calls: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue()
         self._projection: _Projection | None = None
+        self._pace = None if nodes is None else _Pace(nodes)
+        self._ending: Callable[[], None] | None = None
         self.problem: str | None = None
         """Why MLflow does not have the run, if it has not."""
+        self.seconds: dict[str, float] = {"opening": 0.0, "logging": 0.0, "closing": 0.0}
+        """Wall seconds of the thread, while others work: until it has what was committed before, then until the last
+        commit, then report, model and totals."""
         self._thread = threading.Thread(target=self._work, name="nfscale-mlflow", daemon=True)
         self._thread.start()
 
@@ -90,53 +136,96 @@ class Tracker:
         return self._projection.run_id if self._projection else None
 
     def on_start(self, folder: RunFolder, plan: Plan, commits: list[Commit]) -> None:
-        self._calls.put(lambda: self._open(commits))
+        self._calls.put(("opening", lambda: self._open(commits)))
 
     def on_progress(self, progress: Progress) -> None: ...
 
-    def on_tick(self) -> None: ...
+    def on_tick(self) -> None:
+        if self._pace is not None and self._pace.is_due():
+            self._calls.put(("logging", self._look))
 
     def on_commit(self, commit: Commit) -> None:
-        self._calls.put(lambda: self._need().log_commit(commit))
+        self._calls.put(("logging", lambda: self._need().log_commit(commit)))
 
     def log_review(self) -> None:
         """Store the report and the convergence table as artifacts of the run."""
-        self._calls.put(lambda: self._need().log_review())
+        self._calls.put(("closing", lambda: self._need().log_review()))
 
-    def close(self, status: str, timeout_seconds: float | None = None) -> None:
-        """Write what is left and set the run's status: FINISHED, FAILED or KILLED, or leave it RUNNING."""
-        self._calls.put(lambda: self._need().terminate(status))
+    def close(self, status: str | None, timeout_seconds: float | None = None, state: str | None = None) -> None:
+        """Write what is left and set how the run stands.
+
+        Args:
+            status: FINISHED, FAILED or KILLED; RUNNING where another process works on it; None: as it was found,
+                but for one that claims to be running, which was killed.
+            state: the tag `nfscale.state`, if it is another than the status says: `TOO_MANY_FAILED`.
+        """
+        self._ending = lambda: self._need().terminate(status, state, whole=self.problem is None)
         self._calls.put(None)
         self._thread.join(timeout_seconds)
 
     def _open(self, commits: list[Commit]) -> None:
-        self._projection = _Projection(self._folder, self._plan)
+        self._projection = _Projection(self._folder, self._plan, self._drives)
         for commit in commits:
             self._projection.log_commit(commit)
+
+    def _look(self) -> None:
+        assert self._pace is not None
+        if self._calls.empty():  # commits come first
+            self._need().log_nodes(self._pace.measured())
 
     def _need(self) -> "_Projection":
         assert self._projection is not None, "on_start comes first"
         return self._projection
 
     def _work(self) -> None:
-        while (call := self._calls.get()) is not None:
-            if self.problem is not None:
-                continue
-            try:
-                call()
-            except Exception as error:  # whatever a tracking server answers, the encode goes on
+        while (item := self._calls.get()) is not None:
+            if self.problem is None:
+                self._try(*item)
+        if self._projection is not None and self._ending is not None:  # whatever went wrong, the run has ended
+            self._try("closing", self._ending)
+
+    def _try(self, phase: str, call: Callable[[], None]) -> None:
+        started = time.monotonic()
+        try:
+            call()
+        except Exception as error:  # whatever a tracking server answers, the encode goes on
+            if self.problem is None:
                 self.problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 self._warn(
                     f"MLflow at {tracking_uri(self._folder)} does not have this run ({self.problem}); the encode "
                     f"goes on, and `nfscale review {self._folder}` writes it later"
                 )
+        self.seconds[phase] += time.monotonic() - started
+
+
+class _Pace:
+    """When to look at the nodes: often at first and less often later, and the less the more of them there are."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        self._nodes, self._looked, self._due = nodes, 0, 0.0
+        self._seconds = _SAMPLE_SECONDS
+
+    def is_due(self) -> bool:
+        now = time.monotonic()
+        if now < self._due:
+            return False
+        self._due = now + self._seconds
+        return True
+
+    def measured(self) -> dict[str, dict[str, float]]:
+        found = self._nodes()
+        self._looked += 1
+        slower = 2 ** (self._looked // _SAMPLES_AT_ONE_PACE) * max(1, len(found) // _NODES_AT_ONE_PACE)
+        self._seconds = _SAMPLE_SECONDS * slower
+        return found
 
 
 class _Projection:
     """The MLflow run of a run folder."""
 
-    def __init__(self, folder: RunFolder, plan: Plan) -> None:
+    def __init__(self, folder: RunFolder, plan: Plan, drives: bool) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the command says it
         os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
         # A tracking server that does not answer: give up after seconds, not after MLflow's minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -144,12 +233,25 @@ class _Projection:
             logging.getLogger(name).setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
-        self.folder, self.plan = folder, plan
+        self.folder, self.plan, self.drives = folder, plan, drives
+        self.per_datum = plan.data_count <= plan.job["track"]["per_datum_limit"]
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             migrated_store(_store_folder(folder) / "mlruns.db")
         self.client = MlflowClient(tracking_uri(folder))
         self.run_id = self._run()
         self.logged = self._logged_orders()
+        self.opened = self.client.get_run(self.run_id).info
+        if drives:
+            self.client.update_run(self.run_id, status="RUNNING")
+            self._describe("running")
+
+    def _describe(self, state: str) -> None:
+        """The state of the run, as a tag to search for and in its note."""
+        output, run = self.folder.files.absolute(), self.opened
+        summary = self.folder.review_figures()
+        note = note_of(self.plan, output, state, summary, run.experiment_id, self.run_id, self.per_datum)
+        self.client.set_tag(self.run_id, _STATE_TAG, state)
+        self.client.set_tag(self.run_id, "mlflow.note.content", note)
 
     # --- opening
 
@@ -157,14 +259,13 @@ class _Projection:
         """The run's id: the one the folder names, or one that a killed driver began, or a new one."""
         known, uri = self.folder.tracking, tracking_uri(self.folder)
         if known.get("tracking_uri") == uri and self._exists(known["run_id"]):
-            self.client.update_run(known["run_id"], status="RUNNING")
             return known["run_id"]
         run_id = self._begun() or self._created()
         self._log_params(run_id)
         inputs = self.client.get_run(run_id).inputs
         if not (inputs and inputs.dataset_inputs):
             self._log_inputs(run_id)
-        self.folder.set_tracking(uri, run_id, whole=False)
+        self.folder.set_tracking(uri, run_id, self.client.get_run(run_id).info.experiment_id, whole=False)
         return run_id
 
     def _begun(self) -> str | None:
@@ -212,18 +313,19 @@ class _Projection:
         job, plan = self.plan.job, self.plan
         read = Dataset(
             name=job["dataset"]["kind"],
-            digest=plan.ids_sha256[:36],
+            digest=plan.ids_sha256[:_DIGEST],
             source_type="nfscale",
             source=json.dumps(job["dataset"]),
             profile=json.dumps({"data": plan.data_count}),
+            schema=json.dumps({"mlflow_colspec": _data_columns(plan)}),
         )
         produced = Dataset(
             name=f"{job['name']} weights",
-            digest=plan.fingerprint[:36],
+            digest=plan.fingerprint[:_DIGEST],
             source_type="nfscale",
             source=json.dumps({"uri": self.folder.files.absolute()}),
             profile=json.dumps({"rows": plan.data_count, "weights_per_field": plan.layout.size}),
-            schema=json.dumps({"columns": self.plan.table_schema().names}),
+            schema=json.dumps({"mlflow_colspec": _columns(self.plan.table_schema())}),
         )
         self.client.log_inputs(
             run_id,
@@ -239,15 +341,35 @@ class _Projection:
         """Ranks of the commits that MLflow has whole; the mark of a commit is written after its other points."""
         return {int(m.step) for m in self.client.get_metric_history(self.run_id, "shard/fields")}
 
+    @property
+    def _every(self) -> int:
+        """Of so many leases one has points: all of them in runs with points per datum, which have few."""
+        shards = -(-self.plan.data_count // self.plan.shard_fields)
+        return 1 if self.per_datum else -(-shards // _MOST_SHARDS)
+
+    def log_nodes(self, measured: dict[str, dict[str, float]]) -> None:
+        """What the nodes are doing now, where MLflow's page of system metrics looks for it."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        step = max(0, (now - self.opened.start_time) // 1000)
+        points = [
+            Metric(f"system/{_NO_NAME.sub('-', node)}/{name}", value, now, step)
+            for node, values in measured.items()
+            for name, value in values.items()
+        ]
+        for start in range(0, len(points), _BATCH):
+            self.client.log_batch(self.run_id, metrics=points[start : start + _BATCH])
+
     def log_commit(self, commit: Commit) -> None:
         """The points of a committed shard, unless MLflow has them."""
         from mlflow.entities import Metric
 
-        if commit.order in self.logged:
+        if commit.order in self.logged or commit.order % self._every:
             return
         stamp = int(commit.committed_at * 1000)
         points: list[Any] = []
-        if self.plan.data_count <= self.plan.job["track"]["per_datum_limit"]:
+        if self.per_datum:
             points += [Metric(name, value, stamp, index) for name, index, value in self._per_datum(commit)]
         aggregates = {
             "shard/fields_per_second": commit.rows / commit.seconds if commit.seconds else 0.0,
@@ -270,15 +392,24 @@ class _Projection:
                 if row[name] is not None and np.isfinite(row[name]):
                     yield f"datum/{name}", row["index"], float(row[name])
 
-    def terminate(self, status: str) -> None:
-        """The run's status, and once the run is complete its totals: they never change from there on."""
-        if self.folder.is_complete:
+    def terminate(self, status: str | None, state: str | None = None, whole: bool = True) -> None:
+        """The run's status, and once the run is complete its totals: they never change from there on.
+
+        Args:
+            whole: whether it has all else; then the folder says so, and nobody writes it again.
+        """
+        complete = self.folder.is_complete
+        if complete and whole:
             self._log_totals()
+        if status is None:
+            status = "KILLED" if self.opened.status == "RUNNING" else self.opened.status
+        self._describe(state or _STATES[status])
         if status == "RUNNING":
+            self.client.update_run(self.run_id, status=status)
             return
         self.client.set_terminated(self.run_id, status=status)
-        if self.folder.is_complete and status == "FINISHED":
-            self.folder.set_tracking(tracking_uri(self.folder), self.run_id, whole=True)
+        if complete and whole and (status == "FINISHED" or state):
+            self.folder.set_tracking(tracking_uri(self.folder), self.run_id, self.opened.experiment_id, whole=True)
 
     def _log_totals(self) -> None:
         from mlflow.entities import Metric
@@ -311,46 +442,11 @@ class _Projection:
         for name in self.folder.files.names("review"):
             with self.folder.files.local_copy(name) as path:
                 self.client.log_artifact(self.run_id, str(path), "review")
+        self.client.set_tag(self.run_id, _TABLES_TAG, json.dumps([{"path": WORST_TABLE, "type": "table"}]))
         if self.folder.is_complete and _MODEL_TAG not in self.client.get_run(self.run_id).data.tags:
-            self._register_decoder()
-
-    def _register_decoder(self) -> None:
-        """A registered model that decodes ids of this run to data, made once per run."""
-        import mlflow
-        from mlflow.exceptions import MlflowException
-        from mlflow.models import ModelSignature
-        from mlflow.types import ColSpec, Schema
-
-        name = f"nfscale-{self.plan.job['name']}"
-        columns: list[Any] = [ColSpec("string", "datum_id")]
-        columns += [ColSpec("long", side, required=False) for side in ("height", "width")]
-        here = _tracking_uri_for_now(tracking_uri(self.folder))
-        with here, mlflow.start_run(run_id=self.run_id), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # advice to add type hints to predict
-            logged = mlflow.pyfunc.log_model(
-                name="decoder",
-                python_model=str(Path(__file__).with_name("decoder.py")),
-                model_config={"run": self.folder.files.absolute()},
-                signature=ModelSignature(Schema(columns)),
-                pip_requirements=["nfscale"],  # inferring them starts pip and takes seconds
-            )
-            with contextlib.suppress(MlflowException):  # it exists: this is another version of it
-                self.client.create_registered_model(name)
-            self.client.create_model_version(name, source=logged.model_uri, run_id=self.run_id)
-        self.client.set_tag(self.run_id, _MODEL_TAG, name)
-
-
-@contextlib.contextmanager
-def _tracking_uri_for_now(uri: str) -> Iterator[None]:
-    """MLflow's own functions look for a store that is set for the whole process: set it, and set it back."""
-    import mlflow
-
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(uri)
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(before or None)  # type: ignore[arg-type] (None unsets it)
+            name = f"nfscale-{self.plan.job['name']}"
+            register_decoder(self.client, tracking_uri(self.folder), self.run_id, name, WeightsTable(self.folder))
+            self.client.set_tag(self.run_id, _MODEL_TAG, name)
 
 
 def migrated_store(path: Path) -> None:
@@ -371,6 +467,27 @@ def migrated_store(path: Path) -> None:
             os.link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _data_columns(plan: Plan) -> list[dict[str, Any]]:
+    """What a datum of the dataset consists of, as MLflow's pages show it."""
+    content = f"{plan.forward['signal']['kind']} of {plan.forward['signal']['keys'].get('channels', 1)} channels"
+    types = {"datum_id": "string", "index": "long", "content": content, "label": plan.label_type, "split": "string"}
+    return [{"name": name, "type": kind, "required": name in ("datum_id", "index")} for name, kind in types.items()]
+
+
+def _columns(schema: pa.Schema) -> list[dict[str, Any]]:
+    """The columns of a table as MLflow's pages show them."""
+    return [
+        {"name": column.name, "type": _type_name(column.type), "required": not column.nullable} for column in schema
+    ]
+
+
+def _type_name(kind: pa.DataType) -> str:
+    """MLflow's word for a type, or Arrow's where it has none."""
+    words = {"string": "string", "int64": "long", "int32": "integer", "float": "float", "uint64": "long"}
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return words.get(str(kind), str(kind))
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Sequence[tuple[str, str]]:

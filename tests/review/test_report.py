@@ -21,8 +21,8 @@ def test_a_report_of_a_finished_run(tmp_path):
     assert summary["quality_median"] == pytest.approx(np.median(quality))
     text = (folder.files.path / REPORT).read_text()
     assert "48 of 48 data" in text
-    assert text.count("<svg") == 2
-    assert text.count("data:image/png") == 2 + 3 * 18, "the mosaic's two sides, three pictures of 18 data"
+    assert text.count("<svg") == 9, "quality, convergence, difficulty, labels, work: two each but for one of labels"
+    assert text.count('src="data:image/png') == 2 + 3 * 18, "the mosaic's two sides, three pictures of 18 data"
     convergence = pq.read_table(folder.files.path / CONVERGENCE)
     assert convergence.num_rows == 48
     assert "weights" not in convergence.schema.names

@@ -124,7 +124,7 @@ def test_the_review_and_a_model_that_decodes_are_artifacts_of_the_run(tracked, m
     table = open_weights(folder.files.path)
     ids = table.to_arrow(["datum_id"])["datum_id"].to_pylist()[:2]
     assert (np.stack(model.predict(pd.DataFrame({"datum_id": ids}))) == table.decode(ids)).all()
-    (large,) = model.predict(pd.DataFrame({"datum_id": ids[:1], "height": [20], "width": [30]}))
+    (large,) = model.predict(pd.DataFrame({"datum_id": ids[:1], "shape": ["20x30"]}))
     assert large.shape == (20, 30, 1)
 
 
