@@ -84,15 +84,13 @@ class SphereMedium:
     def panels(self, original: SphereMap, rebuilt: SphereMap, decode: Decode) -> list[Panel]:
         """Maps with colour bars in the data's unit, the channels below each other; what is missing, in both.
 
-        Of maps at several times, the first and the last.
+        Of maps at several times, the one in the middle.
         """
         if original.times is not None and rebuilt.times is not None:
-            shown = []
-            for place in (0, -1):
-                at_one = self.panels(original.at(place), rebuilt.at(place), decode)
-                when = f"{original.times[place]:.10g} {original.origin.time_units if original.origin else ''}"
-                shown += [replace(panel, caption=f"{panel.caption}, at {when}") for panel in at_one]
-            return shown
+            place = len(original.times) // 2
+            when = f"{original.times[place]:.10g} {original.origin.time_units if original.origin else ''}"
+            shown = self.panels(original.at(place), rebuilt.at(place), decode)
+            return [replace(panel, caption=f"{panel.caption}, at {when}") for panel in shown]
         same = _same_grid(original, rebuilt)
         if same:
             rebuilt = _with_values(rebuilt, np.where(np.isnan(original.values), np.nan, rebuilt.values))
