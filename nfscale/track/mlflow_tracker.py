@@ -336,7 +336,10 @@ class _Projection:
             )
             with contextlib.suppress(MlflowException):  # it exists: this is another version of it
                 self.client.create_registered_model(name)
-            self.client.create_model_version(name, source=logged.model_uri, run_id=self.run_id)
+            # A tracking server takes a model of its own as the source only together with its id.
+            self.client.create_model_version(
+                name, source=logged.model_uri, run_id=self.run_id, model_id=logged.model_id
+            )
         self.client.set_tag(self.run_id, _MODEL_TAG, name)
 
 

@@ -39,7 +39,8 @@ def _count_steps(log: Path) -> None:
     class Counted(loop.Check):
         counted = True
 
-        def __post_init__(self) -> None:
+        def __init__(self, *values: Any, **named: Any) -> None:
+            super().__init__(*values, **named)
             with log.open("ab", buffering=0) as stream:  # short lines of several processes do not mix
                 stream.write(b"%d %d\n" % (os.getpid(), self.steps))
 
