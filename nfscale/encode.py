@@ -18,15 +18,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from nfscale import checkpoint
 from nfscale.ahead import ahead
 from nfscale.coordinator import portion
 from nfscale.datasets import Dataset, Datum, seeded_sample
 from nfscale.datasets.base import ids_digest
-from nfscale.engine import Calibration, Check, Fitted, calibrate, fit
+from nfscale.engine import Calibration, Check, Fitted, Snapshot, calibrate, fit_and_checks
 from nfscale.engine.dispatch import StepName, chosen
 from nfscale.engine.loop import SELECTS_WITHOUT_CHECK
 from nfscale.engine.step import evaluate, predicted_at, stack_samples
@@ -47,6 +49,7 @@ _ASSUMED_FLOPS = {"cpu": 20e9, "cuda": 10e12}  # useful rate of one worker; only
 _SHARD_FIELDS = {"cpu": (4, 4096), "cuda": (64, 4096)}  # fewer would leave a batch half empty
 _MINIMUM_SHARDS = 8
 _REPORT_SECONDS = 0.5  # between two reports of progress: a message per field would cost more than it tells
+_BEAT_SECONDS = 5.0  # where there is none
 _MEASURED_TOGETHER = 16  # fields: their samples are held that long
 _PROBED_DATA = 100  # data tried until enough are readable to decide what the signal leaves open
 _DECIDING_DATA = 8  # readable ones that decide it: reading them is all that a plan costs
@@ -348,10 +351,14 @@ def encode_shard(
     rows: dict[str, Row] = {}
     spent = _Spent()
     former = run.folder.commit_of(shard) if shard.again else None
-    kept = None if former is None else _ok_rows(run, former)
-    known = set() if kept is None else set(kept["datum_id"].to_pylist())
+    kept = run.plan.table_schema().empty_table() if former is None else _ok_rows(run, former)
+    begun = None if former is not None else checkpoint.load(run.folder, shard, run.plan.table_schema())
+    if begun is not None:
+        kept = begun.finished.filter(pc.field("datum_id").isin(list(run.dataset.ids[shard.start : shard.stop])))
+    known = set(kept["datum_id"].to_pylist())
     if quarantine is None:
-        for finished in _fitted(run, shard, attempt, rows, known, spent):
+        resume = None if begun is None else begun.under_way
+        for finished in _fitted(run, shard, attempt, rows, kept, resume, spent):
             yield Progress(shard.name, [f.quality for f in finished])
     else:
         for position in range(shard.start, shard.stop):
@@ -364,7 +371,7 @@ def encode_shard(
     name = run.folder.data_file(shard, attempt)
     with spent.on("writing"):
         table = to_table(list(rows.values()), run.plan.table_schema(), run.plan.theta0)
-        if kept is not None:
+        if len(kept):
             table = pa.concat_tables([kept, table], promote_options="none")
         table = table.sort_by("index")
         _write(run, shard, table, name)
@@ -374,6 +381,8 @@ def encode_shard(
         won = _is_first(run, commit, replaces=former is not None, epoch=epoch)
     if won and former is not None:
         run.folder.files.remove(former.file)
+    if begun is not None or spent.seconds["keeping"]:
+        run.folder.files.remove(run.folder.checkpoint_file(shard))
     yield ShardReport(commit, won, cut=not won and run.folder.is_cut(shard))
 
 
@@ -451,9 +460,19 @@ def _read(run: OpenRun, shard: Shard, attempt: str, known: set[str]) -> Generato
 
 
 def _fitted(
-    run: OpenRun, shard: Shard, attempt: str, rows: dict[str, Row], known: set[str], spent: _Spent
+    run: OpenRun,
+    shard: Shard,
+    attempt: str,
+    rows: dict[str, Row],
+    kept: pa.Table,
+    resume: Snapshot | None,
+    spent: _Spent,
 ) -> Iterator[list[Fitted]]:
-    """Fit the shard but for the `known` data, filling `rows`; yields the fields that finished since it last did."""
+    """Fit the shard but for the data whose rows are `kept`, filling `rows`.
+
+    Yields the fields that finished since it last did; none, now and then, while all of them take long.
+    """
+    known = set(kept["datum_id"].to_pylist())
     in_work: dict[str, tuple[Any, Samples]] = {}
 
     def data() -> Iterator[tuple[str, Samples]]:
@@ -472,7 +491,7 @@ def _fitted(
 
     job = run.job
     theta0 = run.theta0
-    fields = fit(
+    events = fit_and_checks(
         run.field,
         run.signal,
         data(),
@@ -486,25 +505,39 @@ def _fitted(
         batch=job.fit.batch,
         step=job.fit.step,
         clock=time.perf_counter,
-        observe=spent.on_check,
+        resume=resume,
     )
     together: list[Fitted] = []
     unmeasured: list[Row] = []
-    reported = time.perf_counter()
+    reported = saved = time.perf_counter()
 
     def measure() -> None:
         with spent.on("measuring"):
             _measure(run, [(row, *in_work.pop(row.datum_id)) for row in unmeasured])
         unmeasured.clear()
 
-    for fitted in fields:
-        row = rows[fitted.id]
-        _fill(row, fitted)
-        together.append(fitted)
-        unmeasured.append(row)
-        if len(unmeasured) == _MEASURED_TOGETHER:
-            measure()
-        if time.perf_counter() - reported > _REPORT_SECONDS:
+    def save(under_way: Snapshot) -> None:
+        measure()
+        with spent.on("keeping"), _output(run, run.folder.checkpoint_file(shard)):
+            done = [row for row in rows.values() if row.weights is not None]
+            table = to_table(done, run.plan.table_schema(), run.plan.theta0)
+            table = pa.concat_tables([kept, table], promote_options="none")
+            checkpoint.save(run.folder, shard, checkpoint.Checkpoint(table, under_way))
+
+    for event in events:
+        if isinstance(event, Fitted):
+            row = rows[event.id]
+            _fill(row, event)
+            together.append(event)
+            unmeasured.append(row)
+            if len(unmeasured) == _MEASURED_TOGETHER:
+                measure()
+        else:
+            spent.on_check(event)
+            if time.perf_counter() - saved > 60 * job.checkpoint_minutes and event.snapshot is not None:
+                save(event.snapshot())
+                saved = time.perf_counter()
+        if time.perf_counter() - reported > (_REPORT_SECONDS if together else _BEAT_SECONDS):
             yield together
             together, reported = [], time.perf_counter()
     measure()

@@ -215,7 +215,8 @@ class EncodeJob(_Section):
     workers_per_gpu: NonNegativeInt = 1
     """That share each GPU; 0: workers that leave the GPUs alone."""
     checkpoint_minutes: PositiveFloat = 10.0
-    """Accepted, and without effect so far: a shard is seconds of work, and a retry begins it anew."""
+    """A shard that takes longer keeps what it has so far, so often; another attempt at it goes on from there. Most
+    shards are seconds of work. What counts is what the run was planned with."""
     max_failed_fraction: float = Field(default=0.01, ge=0, le=1)
     seed: NonNegativeInt = 0
     output: str = Field(min_length=1)

@@ -4,7 +4,7 @@ Danger: torch's matrix library takes another path for a single matrix, so a batc
 `MINIMUM_SLOTS`; a lone field shares the batch with an idle slot, so that its result stays the same.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,15 @@ class Slot:
     best_quality: float = float("-inf")
     history_step: list[int] = field(default_factory=list)
     history_quality: list[float] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Factor on the learning rate: halved for each restart."""
+        return 0.5**self.restarts
+
+    def copied(self) -> "Slot":
+        """A record of its own."""
+        return replace(self, history_step=[*self.history_step], history_quality=[*self.history_quality])
 
     def restarted(self) -> "Slot":
         """The same datum before its first step, one restart later."""
@@ -195,7 +204,7 @@ class Batch:
         self.rows[index] = row
         self.best_rows[index] = row
         self.steps[index] = 0
-        self.rate[index] = 0.5**slot.restarts
+        self.rate[index] = slot.rate
         fresh = self._begun(self.rows[index : index + 1])
         _assign(self.state, fresh, index)
 

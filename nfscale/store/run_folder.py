@@ -1,6 +1,7 @@
 """The folder of a run: what is in it, and the only ways in which something gets there.
 
     job.json                           the frozen plan; written first, put-if-absent
+    checkpoints/shard-00042.npz        while a shard takes long: its fields so far; removed with the commit
     calibration.parquet                what all fields share beside theta0; put-if-absent
     data/shard-00042.<attempt>.parquet written by one attempt, under a name of its own
     commits/shard-00042.json           put-if-absent: names the one file that counts, or the parts it was cut into
@@ -43,6 +44,7 @@ CONVERGENCE = "review/convergence.parquet"
 IPC_COPY = "weights.arrow"
 _CONTROL = "_control"
 _DRIVERS = "drivers"
+_CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class Commit:
     """Over the rows that were fitted."""
     spent: dict[str, float] = field(default_factory=dict)
     """Parts of `seconds`: optimiser `steps`, `checks` between them, waiting for data that are not read yet
-    (`reading`), `measuring` the rows as readers decode them, and `writing` them."""
+    (`reading`), `measuring` the rows as readers decode them, `writing` them, and `keeping` checkpoints."""
 
     @property
     def failed(self) -> int:
@@ -277,6 +279,11 @@ class RunFolder:
         """Where an attempt writes its rows."""
         return f"data/{shard.name}.{attempt}.parquet"
 
+    @staticmethod
+    def checkpoint_file(shard: Shard) -> str:
+        """Where attempts at a shard keep what they have so far."""
+        return _checkpoint_file(shard.name)
+
     def commit(self, commit: Commit) -> bool:
         """Make an attempt's file the one that counts; False if another attempt was first."""
         return self.files.put_if_absent(_commit_file(commit.shard), schema.json_bytes(asdict(commit)))
@@ -352,9 +359,15 @@ class RunFolder:
                 self.files.remove(name)
 
     def uncommitted(self) -> list[str]:
-        """Files of attempts that no commit names: in flight, lost to another attempt, or left by a kill."""
-        named = {commit.file for commit in self.commits()}
-        return sorted({*self.files.names("data"), *self.files.unfinished()} - named)
+        """Files of attempts that no commit names: in flight, lost to another attempt, or left by a kill.
+
+        Checkpoints are among them where their shard is committed.
+        """
+        commits = self.commits()
+        named = {commit.file for commit in commits}
+        done = {_checkpoint_file(commit.shard) for commit in commits}
+        kept = [name for name in self.files.names(_CHECKPOINTS) if name in done or self.is_complete]
+        return sorted({*self.files.names("data"), *self.files.unfinished(), *kept} - named)
 
     # --- the driver
 
@@ -443,6 +456,10 @@ def _epoch_file(epoch: int) -> str:
 
 def _driver_file(share: str | None) -> str:
     return "driver.json" if share is None else f"{_DRIVERS}/{share.replace('/', '-of-')}.json"
+
+
+def _checkpoint_file(shard: str) -> str:
+    return f"{_CHECKPOINTS}/{shard}.npz"
 
 
 def _commit_file(shard: str) -> str:
