@@ -8,9 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 _MARK = "NFSCALE_CHAOS"
+_LOOK_SECONDS = 0.25  # how exactly the time is known in which Ray notices a death
 
 
 def marked(mark: str) -> list[int]:
@@ -74,6 +75,14 @@ def mark_everything(mark: str, root: Path) -> None:
         os.environ.pop(name, None)
 
 
+@dataclass
+class _Dead:
+    node: Any
+    died: float
+    back_after: float
+    noticed: float | None = None
+
+
 class Nodes:
     """A head without cores, and nodes of one core that come back some time after their raylet was killed."""
 
@@ -84,47 +93,47 @@ class Nodes:
         self._small = {"num_cpus": 1, "object_store_memory": 80 << 20}
         self._cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 0} | small)
         self.alive: list[Any] = [self._cluster.add_node(**self._small) for _ in range(count)]
+        self._dead: list[_Dead] = []
+        self._looked = 0.0
         self.noticed: list[float] = []
         """Seconds from each death of a raylet until Ray called its node dead."""
-        self._threads: list[threading.Thread] = []
-        self._lock = threading.Lock()  # Ray's own bookkeeping of nodes is not made for several threads
 
     @property
     def address(self) -> str:
         return self._cluster.address
 
     def kill_raylet(self, node: Any, back_after: float) -> bool:
-        """Kill a node's raylet; once Ray has noticed, tidy up after it, and start another node."""
-        process = node.all_processes["raylet"][0].process
-        if not kill(process.pid):
+        """Kill a node's raylet; so long after Ray has noticed, `tend` puts another node in its place."""
+        if not kill(node.all_processes["raylet"][0].process.pid):
             return False
         self.alive.remove(node)
-        thread = threading.Thread(target=self._replace, args=(node, time.monotonic(), back_after), daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        self._dead.append(_Dead(node, time.monotonic(), back_after))
         return True
 
-    def _replace(self, node: Any, died: float, back_after: float) -> None:
-        while self._is_alive(node) and time.monotonic() - died < 120:
-            time.sleep(0.25)
-        self.noticed.append(time.monotonic() - died)
-        time.sleep(back_after)
-        with self._lock:
-            self._cluster.remove_node(node, allow_graceful=False)
-            self.alive.append(self._cluster.add_node(wait=False, **self._small))
+    def tend(self) -> None:
+        """See which deaths Ray has noticed, and replace nodes whose time has come; in the main thread, for Ray."""
+        now = time.monotonic()
+        if not self._dead or now - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = now
+        alive = {row["NodeID"] for row in self._cluster.global_state.node_table() if row["Alive"]}
+        for dead in list(self._dead):
+            if dead.noticed is None and dead.node.node_id not in alive:
+                dead.noticed = time.monotonic()
+                self.noticed.append(dead.noticed - dead.died)
+            if dead.noticed is not None and now - dead.noticed >= dead.back_after:
+                self._dead.remove(dead)
+                self._cluster.remove_node(dead.node, allow_graceful=False)
+                self.alive.append(self._cluster.add_node(wait=False, **self._small))
 
-    def _is_alive(self, node: Any) -> bool:
-        with self._lock:
-            table = self._cluster.global_state.node_table()
-        return any(row["NodeID"] == node.node_id and row["Alive"] for row in table)
-
-    def settle(self) -> None:
+    def settle(self, seconds: float = 180.0) -> None:
         """Wait until all that were killed are replaced."""
-        for thread in self._threads:
-            thread.join(180)
+        deadline = time.monotonic() + seconds
+        while self._dead and time.monotonic() < deadline:
+            self.tend()
+            time.sleep(_LOOK_SECONDS)
 
     def close(self) -> None:
-        self.settle()
         self._cluster.shutdown()
 
 

@@ -195,6 +195,7 @@ class Chaos:
                 self.befall(one.place, now)
                 next_fault = now + self.draw.uniform(*_BETWEEN_SECONDS)
             self.mend(now)
+            self.nodes.tend()
             time.sleep(0.1)
         self.mend(float("inf"))
         one.seconds, one.exit_codes = time.monotonic() - began, dict(codes)
