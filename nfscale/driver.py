@@ -201,6 +201,8 @@ class Summary:
     first_lease_at: float | None = None
     """By `time.monotonic`."""
     was_complete: bool = False
+    completed: bool = False
+    """This driver has committed the last datum of the run."""
 
     @property
     def fields_per_second(self) -> float:
@@ -262,6 +264,44 @@ def remaining(shards: Sequence[Shard], commits: Sequence[Commit], cuts: Collecti
     return open_shards
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one of several drivers of a run does: every `of`-th shard, from number `index` on.
+
+    They know nothing of each other: shards are committed put-if-absent, and lease numbers are theirs by the remainder.
+    A driver of the whole run that starts later takes their shares over; two drivers of one share do its work twice.
+    """
+
+    index: int
+    of: int
+
+    @classmethod
+    def parsed(cls, text: str) -> "Share":
+        """`3/16`: the fourth of sixteen.
+
+        Raises:
+            CallerError: if it is none.
+        """
+        index, slash, of = text.partition("/")
+        if not (slash and index.isdecimal() and of.isdecimal() and int(index) < int(of)):
+            raise CallerError(f"--shards {text!r} is no share; write i/n with i from 0 to n - 1, such as 3/16")
+        return cls(int(index), int(of))
+
+    def holds(self, shard: Shard) -> bool:
+        """Whether this shard, or the one that it is a part of, belongs to the share."""
+        return shard.index % self.of == self.index
+
+    def first_lease(self, used: int) -> int:
+        """The first lease number of this share that is not below `used`."""
+        return used + (self.index - used) % self.of
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.of}"
+
+
+_ALL = Share(0, 1)
+
+
 def with_failures(commits: Sequence[Commit]) -> list[Shard]:
     """The committed shards that hold failed data."""
     return [
@@ -277,29 +317,30 @@ def serve(
     pool: Pool,
     observers: Sequence[Observer],
     retry_failed: bool = False,
-    fenced: bool = True,
+    share: Share | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Summary:
-    """Give out leases until every datum has a committed row.
+    """Give out leases until every datum has a committed row, or every one of the share.
 
     Args:
         retry_failed: fit the data anew whose committed rows have failed, beside what has no row yet.
-        fenced: take the run over from any driver that serves it; without, drivers work side by side.
+        share: do these shards alone, beside drivers of other shares; without, take the run over from all others.
         clock: seconds.
 
     Raises:
         EncodeError: if the run cannot go on; what is committed stays.
         SupersededError: if another driver has taken over.
     """
-    epoch = folder.take_over() if fenced else None
+    epoch = folder.take_over() if share is None else folder.epoch
+    name = None if share is None else str(share)
     try:
-        summary = _Service(folder, plan, pool, observers, retry_failed, epoch, clock).run()
+        summary = _Service(folder, plan, pool, observers, retry_failed, share, epoch, clock).run()
     except SupersededError:
         raise  # what says that a driver runs is the other's by now
     except BaseException:
-        folder.driver_left()
+        folder.driver_left(name)
         raise
-    folder.driver_left()
+    folder.driver_left(name)
     return summary
 
 
@@ -313,18 +354,21 @@ class _Service:
         pool: Pool,
         observers: Sequence[Observer],
         retry_failed: bool,
+        share: Share | None,
         epoch: int | None,
         clock: Callable[[], float],
     ) -> None:
         self.folder, self.plan, self.pool, self.observers = folder, plan, pool, observers
-        self.epoch, self.clock = epoch, clock
+        self.share, self.epoch, self.clock = share, epoch, clock
+        ours = share or _ALL
         job = EncodeJob.model_validate(plan.job)
         commits, cuts = folder.commits_and_cuts()
         again = with_failures(commits) if retry_failed else []
         self.coordinator = Coordinator(
-            remaining(plan.shards(), commits, cuts) + again,
+            filter(ours.holds, remaining(plan.shards(), commits, cuts) + again),
             calibrate=job.needs_calibration and not folder.has_calibration,
-            first_lease=max((commit.order for commit in commits), default=-1) + 1,
+            first_lease=ours.first_lease(max((commit.order for commit in commits), default=-1) + 1),
+            lease_stride=ours.of,
             epoch=epoch,
         )
         self.summary = Summary(str(folder), job.name)
@@ -360,11 +404,18 @@ class _Service:
         self.folder.remove_attempts(self.ended)
         rows = sum(commit.rows for commit in self.folder.commits())
         if rows != self.plan.data_count:
+            if self.share is not None and not self._left_over():
+                return summary  # the others are at work
             raise EncodeError(
                 f"the commits hold {rows} rows of {self.plan.data_count} data; `nfscale verify` says which"
             )
-        self.folder.finish(rows)
+        summary.completed = self.folder.finish(rows)
         return summary
+
+    def _left_over(self) -> list[Shard]:
+        """Shards that should be committed by now, and are not."""
+        commits, cuts = self.folder.commits_and_cuts()
+        return list(filter((self.share or _ALL).holds, remaining(self.plan.shards(), commits, cuts)))
 
     def _refuse_superseded(self) -> None:
         if self.epoch is not None:
@@ -373,7 +424,7 @@ class _Service:
     def _beat(self) -> None:
         """Say that this driver lives, and end the workers that do not."""
         self._refuse_superseded()
-        self.folder.beat(_sign_of_life(self.leases))
+        self.folder.beat(_sign_of_life(self.leases), self.share and str(self.share))
         for lease in self.coordinator.expired(self.clock()):
             self._end(lease)
             self.coordinator.failed(lease, Failure.CRASH, "no sign of progress for too long", self.clock())

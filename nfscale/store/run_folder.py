@@ -7,6 +7,7 @@
     commits/shard-00042.json           put-if-absent: names the one file that counts, or the parts it was cut into
     _SUCCESS                           when every datum has a row
     driver.json                        while a driver runs: where, its last sign of life, what is in flight
+    drivers/3-of-16.json               the same of a driver that has a share of the shards
     _control/epoch-000007.json         put-if-absent by each driver that starts: the highest one counts
     weights.arrow                      where the job wants it: an uncompressed copy for training
     review/                            report and pictures
@@ -15,6 +16,7 @@ Readers open only what the commits name, so a killed or late attempt leaves noth
 """
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -43,6 +45,7 @@ WORST_TABLE = "review/worst.json"
 JOB_FILE = "review/job.yaml"
 IPC_COPY = "weights.arrow"
 _CONTROL = "_control"
+_DRIVERS = "drivers"
 _CHECKPOINTS = "checkpoints"
 
 
@@ -385,6 +388,11 @@ class RunFolder:
 
     # --- the driver
 
+    @property
+    def epoch(self) -> int:
+        """Of the last driver that took the run over; 0 if none has."""
+        return max((int(name[-11:-5]) for name in self.files.names(_CONTROL)), default=0)
+
     def take_over(self) -> int:
         """Begin an epoch: from now on drivers of earlier ones commit nothing. The number of this one."""
         content = {"host": socket.gethostname(), "pid": os.getpid(), "at": time.time(), "id": uuid.uuid4().hex}
@@ -410,24 +418,25 @@ class RunFolder:
             "one ends, what it had committed stays, and the other one continues"
         )
 
-    def beat(self, state: dict[str, Any]) -> None:
-        """Say that a driver is alive, and what is in flight."""
-        self.files.replace("driver.json", schema.json_bytes(state))
+    def beat(self, state: dict[str, Any], share: str | None = None) -> None:
+        """Say that a driver is alive, and what is in flight; of several drivers, each for its share."""
+        self.files.replace(_driver_file(share), schema.json_bytes(state))
 
     def driver(self) -> dict[str, Any] | None:
-        """What the last driver said, or None if it left in good order."""
-        try:
-            return self._json("driver.json") or None
-        except ValueError:
-            return None
+        """What a driver said last, or None if all left in good order."""
+        said = []
+        for name in ["driver.json", *self.files.names(_DRIVERS)]:
+            with contextlib.suppress(ValueError):
+                said.append(self._json(name))
+        return max(filter(None, said), key=lambda state: state["at"], default=None)
 
-    def driver_left(self) -> None:
+    def driver_left(self, share: str | None = None) -> None:
         """Say that the driver is gone in good order."""
-        self.files.remove("driver.json")
+        self.files.remove(_driver_file(share))
 
-    def finish(self, rows: int) -> None:
-        """Mark the run as complete."""
-        self.files.put_if_absent("_SUCCESS", schema.json_bytes({"rows": rows}))
+    def finish(self, rows: int) -> bool:
+        """Mark the run as complete; False if another driver did before."""
+        return self.files.put_if_absent("_SUCCESS", schema.json_bytes({"rows": rows}))
 
     def unfinish(self) -> None:
         """Take the mark away again."""
@@ -460,6 +469,10 @@ class RunFolder:
 
 def _epoch_file(epoch: int) -> str:
     return f"{_CONTROL}/epoch-{epoch:06d}.json"
+
+
+def _driver_file(share: str | None) -> str:
+    return "driver.json" if share is None else f"{_DRIVERS}/{share.replace('/', '-of-')}.json"
 
 
 def _checkpoint_file(shard: str) -> str:
