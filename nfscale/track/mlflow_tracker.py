@@ -45,10 +45,10 @@ def tracking_uri(folder: RunFolder) -> str:
 
     SQLite does not live in an object store; for an output there the store is in the user's data folder.
     """
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_store_folder(folder) / 'mlruns.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store_folder(folder) / 'mlruns.db'}"
 
 
-def _store_folder(folder: RunFolder) -> Path:
+def store_folder(folder: RunFolder) -> Path:
     """Where the SQLite store is."""
     if is_uri(folder.files.root):
         return data_folder().resolve()
@@ -146,7 +146,7 @@ class _Projection:
 
         self.folder, self.plan = folder, plan
         if not os.environ.get("MLFLOW_TRACKING_URI"):
-            migrated_store(_store_folder(folder) / "mlruns.db")
+            migrated_store(store_folder(folder) / "mlruns.db")
         self.client = MlflowClient(tracking_uri(folder))
         self.run_id = self._run()
         self.logged = self._logged_orders()
@@ -169,7 +169,7 @@ class _Projection:
 
     def _begun(self) -> str | None:
         """The run that a driver created before it was killed, if there is one."""
-        experiment = experiment_id(self.client, self.plan.job["track"]["experiment"], _store_folder(self.folder))
+        experiment = experiment_id(self.client, self.plan.job["track"]["experiment"], store_folder(self.folder))
         found = self.client.search_runs([experiment], f"tags.`nfscale.run` = '{self.plan.id}'", max_results=1)
         return found[0].info.run_id if found else None
 
@@ -185,7 +185,7 @@ class _Projection:
 
     def _created(self) -> str:
         job = self.plan.job
-        experiment = experiment_id(self.client, job["track"]["experiment"], _store_folder(self.folder))
+        experiment = experiment_id(self.client, job["track"]["experiment"], store_folder(self.folder))
         tags = {
             "nfscale.run": self.plan.id,
             "nfscale.modality": job["signal"]["kind"],
