@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nfscale import checkpoint
 from nfscale.ahead import ahead
+from nfscale.apart import read_apart
 from nfscale.coordinator import portion
 from nfscale.datasets import Dataset, Datum, seeded_sample
 from nfscale.datasets.base import ids_digest
@@ -185,23 +186,23 @@ def _probed(job: EncodeJob, dataset: Dataset) -> _Probed:
     reason = ""
     tried = 0
     deciding = PROBED_BLOCKS if isinstance(dataset, Tiled) else _DECIDING_DATA
-    for position in _probed_positions(job, dataset):
-        if tried >= _PROBED_DATA and contents:
-            break
-        tried += 1
-        datum = dataset.read(position)
-        if datum.label is not None:
-            labels.append(datum.label)
-        if datum.content is None:
-            reason = f"{datum.id}: {datum.error}"
-        elif len(contents) < deciding:
-            try:
-                job.build_signal([datum.content]).samples(datum.content)
-                contents.append(datum.content)
-            except ValueError as error:
-                reason = f"{datum.id}: {error}"
-        if len(contents) == deciding and labels:
-            break
+    with contextlib.closing(read_apart(dataset, _probed_positions(job, dataset))) as coming:
+        for datum in coming:
+            if tried >= _PROBED_DATA and contents:
+                break
+            tried += 1
+            if datum.label is not None:
+                labels.append(datum.label)
+            if datum.content is None:
+                reason = f"{datum.id}: {datum.error}"
+            elif len(contents) < deciding:
+                try:
+                    job.build_signal([datum.content]).samples(datum.content)
+                    contents.append(datum.content)
+                except ValueError as error:
+                    reason = f"{datum.id}: {error}"
+            if len(contents) == deciding and labels:
+                break
     if not contents:
         raise CallerError(f"none of {tried} data that were tried can be read; the last of them, {reason}")
     signal = job.build_signal(contents)
