@@ -10,11 +10,14 @@ import sys
 import threading
 from collections.abc import Generator, Iterable
 from multiprocessing.connection import Connection
+from typing import Any
 
 from nfscale.datasets import Dataset, Datum
 
 _HAVE_THREADS = ("obstore", "ray")
 """Packages that start some where Python does not see them."""
+_SENT_BYTES = 64 << 20
+"""Of a datum; a larger one is read once more, now that it is known to be harmless."""
 _PATIENCE_SECONDS = 60.0  # for a datum; one that takes longer is read in this process
 
 
@@ -94,6 +97,11 @@ def _serve(pipe: Connection, theirs: Connection, dataset: Dataset) -> None:
             return
         datum = dataset.read(position)
         try:
-            pipe.send(datum)
+            pipe.send(datum if _bytes_of(datum.content) <= _SENT_BYTES else None)
         except Exception:  # content that cannot be sent is read once more, where it is wanted
             pipe.send(None)
+
+
+def _bytes_of(content: Any) -> int:
+    """Of its numbers; those that stay in the file they are mapped from would be read to be sent."""
+    return int(getattr(getattr(content, "values", content), "nbytes", 0))

@@ -150,6 +150,8 @@ def _learned_start(job: EncodeJob, dataset: Dataset, signal: Signal, field: Fiel
         )
     positions = seeded_sample(dataset.ids, 4 * learner.data, job.seed, "learning")
     data = _samples_of_one_kind(dataset, signal, positions, learner.data, job.fit.samples == "full")
+    if not data:
+        raise CallerError("field.init=learned: none of the data drawn to learn from can be read; use field.init=shared")
     try:
         return learn_start(
             field,

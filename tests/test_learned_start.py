@@ -20,7 +20,8 @@ LEARNED = ("field.init=learned", "learning.data=24", "learning.rounds=6", "learn
 
 @pytest.mark.parametrize("kind", LEARNERS)
 def test_a_learned_start_batches_is_stored_and_decodes(tmp_path, kind):
-    overrides = (f"learning.kind={kind}", *LEARNED, "store.dtype=delta_float16")
+    rate = {"reptile": 0.5, "fomaml": 3e-3}[kind]
+    overrides = (f"learning.kind={kind}", f"learning.outer_rate={rate}", *LEARNED, "store.dtype=delta_float16")
     folder, summary = encode_in_process(tiny_job(tmp_path / "one", *overrides))
     assert summary.fields == 48
     assert folder.has_calibration, "which fields that start from one theta0 share"
@@ -28,7 +29,7 @@ def test_a_learned_start_batches_is_stored_and_decodes(tmp_path, kind):
     drawn = theta0_of(EncodeJob.model_validate(plan.job).build_field(2, 1), 0)
     assert table.theta0 is not None
     assert not np.array_equal(table.theta0, drawn.numpy())
-    assert plan.learned["field_steps"] == 6 * 4 * 10
+    assert plan.learned["field_steps"] == 7 * 4 * 10
     assert plan.learned["loss_after"] < plan.learned["loss_before"]
     assert not verify(folder).mismatches
     assert table.decode(table.to_arrow()["datum_id"].to_pylist()[:2]).shape == (2, 8, 8, 1)
@@ -80,7 +81,7 @@ def test_what_cannot_be_learned_is_the_callers_mistake(tmp_path, overrides, mess
         ("learning.kind=maml", "unknown learning 'maml'; known kinds of learning: fomaml, reptile"),
         (
             "learning.steps=3",
-            "unknown key learning.steps; accepted: data, rounds, tasks, inner_steps, outer_rate",
+            "unknown key learning.steps; accepted: kind, data, rounds, tasks, inner_steps, outer_rate",
         ),
         ("learning.rounds=0", "learning.rounds is at least 1, got 0"),
         ("field.init=learnt", "should be 'shared', 'learned' or 'per_datum', got 'learnt'"),

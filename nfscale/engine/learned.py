@@ -30,8 +30,6 @@ from nfscale.optim import Adam, Schedule
 from nfscale.rng import as_tensor, datum_seed
 from nfscale.signals import Samples, Signal
 
-_BEGINNING = 0.1  # of the rounds, and as many at the end: what is compared to tell whether anything was learned
-
 
 class Learner(Protocol):
     """The contract of every entry of `LEARNERS`: how many data are fitted how far, and what theta0 makes of it."""
@@ -114,16 +112,19 @@ class LearnedStart:
 
     theta0: Tensor
     """float32 [P], on the CPU."""
+    data: int
+    """That it was learned from."""
     field_steps: int
     """Optimiser steps of all data in all rounds."""
     loss_before: float
-    """After the inner steps, from the drawn start: geometric mean over the data of the first tenth of the rounds."""
+    """After the inner steps from the drawn start: geometric mean over the data of the first round."""
     loss_after: float
-    """Likewise of the last tenth."""
+    """Likewise from theta0, of the same data and minibatches."""
 
     def figures(self) -> dict[str, float]:
         """All but theta0."""
-        return {"field_steps": self.field_steps, "loss_before": self.loss_before, "loss_after": self.loss_after}
+        names = ("data", "field_steps", "loss_before", "loss_after")
+        return {name: getattr(self, name) for name in names}
 
 
 def learn_start(
@@ -153,39 +154,94 @@ def learn_start(
     """
     if len({part.kind for _, part in data}) != 1:
         raise ValueError("a start is learned from data of one kind: one sample count, and a mask in all or none")
-    data = [(datum_id, replace(part, check=None, heldout=None)) for datum_id, part in data]
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     optimizer = Adam(learning_rate, Schedule("cosine", learner.inner_steps))
     available = data[0][1].kind.count
-    sampler = Sampler(available, available if samples == "full" else samples, _without_errors(sampling))
-    taken = chosen(step, device, field, signal, optimizer)
-    row = (theta0_of(field, seed) if theta0 is None else theta0).to(device)
-    moments = torch.zeros((2, *row.shape), device=device)
-    history: list[float] = []
-    for done, drawn in enumerate(_rounds([datum_id for datum_id, _ in data], learner, seed)):
-        part = stack_samples([data[place][1] for place in drawn], device)
-        seeds = as_tensor([datum_seed(seed, f"{done}\0{data[place][0]}") for place in drawn], device)
-        slots: list[Slot | None] = [Slot(data[place][0], 0) for place in drawn]
-        rows = row.repeat(len(drawn), 1)
-        batch = Batch(field, signal, optimizer, sampler, None, rows, part, seeds, slots, taken)
-        batch.advance(learner.inner_steps)
-        losses, slopes = _slopes(batch, taken)
-        good = torch.isfinite(losses) & torch.isfinite(batch.rows).all(dim=1)
-        if 2 * int(good.sum()) < len(drawn):
-            raise ValueError(f"the fits of round {done + 1} diverged from the start that is learned; {_WAY_OUT}")
-        history.append(float(losses[good].double().log().mean()))
-        row = learner.outer_step(row, batch.rows[good], slopes[good], moments, done)
-    few = max(1, round(_BEGINNING * len(history)))
-    before, after = (math.exp(sum(part) / few) for part in (history[:few], history[-few:]))
-    if learner.rounds > 1 and not after < before:
+    inner = _Inner(
+        field,
+        signal,
+        optimizer,
+        Sampler(available, available if samples == "full" else samples, _without_errors(sampling)),
+        chosen(step, device, field, signal, optimizer),
+        [(datum_id, replace(part, check=None, heldout=None)) for datum_id, part in data],
+        learner.inner_steps,
+        seed,
+        device,
+    )
+    drawn = (theta0_of(field, seed) if theta0 is None else theta0).to(device)
+    row, moments = drawn, torch.zeros((2, *drawn.shape), device=device)
+    rounds = list(_rounds([datum_id for datum_id, _ in data], learner, seed))
+    before = math.nan
+    for done, places in enumerate(rounds):
+        fitted, losses, slopes = inner.fits(row, places, done)
+        before = _geometric_mean(losses) if done == 0 else before
+        row = learner.outer_step(row, fitted, slopes, moments, done)
+    after = _geometric_mean(inner.fits(row, rounds[0], 0)[1])
+    if not after < before:
         raise ValueError(
             f"after {learner.inner_steps} steps the fields have a loss of {after:.3g} from the start that was learned, "
             f"and of {before:.3g} from where it began; {_WAY_OUT}"
         )
-    return LearnedStart(row.cpu(), learner.rounds * learner.tasks * learner.inner_steps, before, after)
+    taken = learner.inner_steps * sum(map(len, [*rounds, rounds[0]]))
+    return LearnedStart(row.cpu(), len(data), taken, before, after)
 
 
 _WAY_OUT = "use a smaller learning.outer_rate, more learning.rounds, or field.init=shared"
+
+
+@dataclass(frozen=True)
+class _Inner:
+    """The fits of a round."""
+
+    field: Field
+    signal: Signal
+    optimizer: Adam
+    sampler: Sampler
+    step: Step
+    data: Sequence[tuple[str, Samples]]
+    steps: int
+    seed: int
+    device: torch.device
+
+    def fits(self, row: Tensor, places: Sequence[int], number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What some data become from a start [P]: params [T, P], losses [T] and the slopes of their logarithms [T, P].
+
+        Losses and slopes are those on the minibatch that would come next. Fits that diverge are left out.
+
+        Args:
+            number: of the round, by which its minibatches are drawn.
+
+        Raises:
+            ValueError: if more than half of them diverge.
+        """
+        ids = [self.data[place][0] for place in places]
+        together = stack_samples([self.data[place][1] for place in places], self.device)
+        batch = Batch(
+            self.field,
+            self.signal,
+            self.optimizer,
+            self.sampler,
+            None,
+            rows=row.repeat(len(places), 1),
+            samples=together,
+            seeds=as_tensor([datum_seed(self.seed, f"{number}\0{one}") for one in ids], self.device),
+            slots=[Slot(one, 0) for one in ids],
+            step=self.step,
+        )
+        batch.advance(self.steps)
+        positions = None
+        if not self.sampler.is_full:
+            positions = self.sampler.positions(batch.seeds, batch.steps, 1)[:, 0]
+        part = training_samples(self.signal, batch.samples, positions, batch.seeds, batch.steps)
+        losses, gradients = self.step.gradient(self.field, self.signal, batch.rows, part)
+        good = torch.isfinite(losses) & torch.isfinite(batch.rows).all(dim=1)
+        if 2 * int(good.sum()) < len(places):
+            raise ValueError(f"the fits of round {number + 1} diverged from the start that is learned; {_WAY_OUT}")
+        return batch.rows[good], losses[good], gradients[good] / losses[good, None]
+
+
+def _geometric_mean(losses: Tensor) -> float:
+    return math.exp(float(losses.double().log().mean()))
 
 
 def _without_errors(sampling: Sampling) -> Sampling:
@@ -201,13 +257,3 @@ def _rounds(ids: Sequence[str], learner: Learner, seed: int) -> Iterator[list[in
     order = chain.from_iterable(passes)
     for _ in range(learner.rounds):
         yield list(islice(order, max(learner.tasks, MINIMUM_SLOTS)))
-
-
-def _slopes(batch: Batch, step: Step) -> tuple[Tensor, Tensor]:
-    """Losses [F] on the minibatch that would come next, and the gradients of their logarithms [F, P]."""
-    positions = None
-    if not batch.sampler.is_full:
-        positions = batch.sampler.positions(batch.seeds, batch.steps, 1)[:, 0]
-    part = training_samples(batch.signal, batch.samples, positions, batch.seeds, batch.steps)
-    losses, gradients = step.gradient(batch.field, batch.signal, batch.rows, part)
-    return losses, gradients / losses[:, None]

@@ -87,13 +87,15 @@ class Schedule:
         position of the batch, and what a field becomes must not depend on its position.
         """
         position = step.to(torch.float64)
-        decay_steps = (self._budget(step) - self.warmup).clamp(min=1)
-        factor = SCHEDULES[self.kind](((position - self.warmup) / decay_steps).clamp(0, 1))
+        factor = SCHEDULES[self.kind](((position - self.warmup) / self._decay_steps(step)).clamp(0, 1))
         if self.warmup:
             factor = torch.where(position < self.warmup, (position + 1) / self.warmup, factor)
         return factor
 
-    def _budget(self, step: Tensor) -> Tensor:
-        """The least budget that holds the update after `step` updates: float64, as `step` or a single one for all."""
+    def _decay_steps(self, step: Tensor) -> Tensor | int:
+        """Of the least budget that holds the update after `step` updates: float64, as `step`."""
+        if len(self.budgets) == 1:
+            return max(self.total_steps - self.warmup, 1)
         ends = torch.tensor(self.budgets, dtype=torch.float64, device=step.device)
-        return ends if len(ends) == 1 else ends[(step[..., None] >= ends[:-1]).sum(dim=-1)]
+        which = (step[..., None] >= ends[:-1]).sum(dim=-1)
+        return (ends[which] - self.warmup).clamp(min=1)

@@ -75,7 +75,7 @@ class Wanders(Adam):
 
     def update(self, grads, state, params, extra):
         updates, state = super().update(grads, state, params, extra)
-        sign = -5.0 * (extra.step >= 10) * (extra.step < 20) + 1.0 * (extra.step < 10)
+        sign = -2.0 * (extra.step >= 10) * (extra.step < 20) + 1.0 * (extra.step < 10)
         return {name: update * sign[:, None] for name, update in updates.items()}, state
 
 
