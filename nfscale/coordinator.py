@@ -133,6 +133,7 @@ class Coordinator:
         shards: what is not yet committed.
         calibrate: whether one calibration comes first.
         first_lease: where lease numbers start, above all that the run has used.
+        lease_stride: from one number to the next, where others number the leases in between.
         epoch: of the driver, handed on with each lease.
         progress_seconds: that a lease may go without a sign of progress, at least; on a worker's first lease any time.
         straggler_seconds: that a lease is left alone, at least, before a second attempt is made beside it.
@@ -141,6 +142,7 @@ class Coordinator:
     shards: Iterable[Any]
     calibrate: bool = False
     first_lease: int = 0
+    lease_stride: int = 1
     epoch: int | None = None
     attempts_before_bisection: int = 2
     fatal_shards: int = 3
@@ -246,7 +248,7 @@ class Coordinator:
     def _grant(self, task: _Task, worker: str, now: float) -> Lease:
         crashes = task.failures if task.shard is None else 0
         lease = Lease(self._next, task.shard, worker, task.quarantine, crashes, self.epoch)
-        self._next += 1
+        self._next += self.lease_stride
         flight = _Flight(lease, task, now, now)
         if task.may_have_a_second and not task.flying:
             self._alone[lease.id] = flight
@@ -346,7 +348,7 @@ class Coordinator:
         first, longest = _BACKOFF_SECONDS
         until = now + min(longest, first * 2.0 ** min(task.setbacks - 2, _MOST_DOUBLINGS))
         heapq.heappush(self._waiting, (until, self._next, task))
-        self._next += 1  # no two entries compare equal
+        self._next += self.lease_stride  # no two entries compare equal
 
     def _note(self, task: _Task, failure: Failure, message: str) -> None:
         """End the run where the same error ends one shard after the other."""

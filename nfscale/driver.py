@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -190,10 +191,18 @@ class Summary:
     """Wall seconds of these workers by what they went into, see `Commit.spent`; all of theirs are
     `seconds` times `workers`."""
     tracking: dict[str, float] = field(default_factory=dict)
-    """Wall seconds that MLflow took beside the work, see `Tracker.seconds`."""
+    """Seconds that MLflow took beside the work, see `Tracker.seconds`."""
+    shards: int = 0
+    """Committed, parts of those that were cut among them."""
+    driver_cpu_seconds: float = 0.0
+    """Of this driver, first lease to last commit; workers have processes of their own but with `workers=0`."""
+    driver_peak_mb: float = 0.0
+    """The most memory that its process has held."""
     first_lease_at: float | None = None
     """By `time.monotonic`."""
     was_complete: bool = False
+    completed: bool = False
+    """This driver has committed the last datum of the run."""
 
     @property
     def fields_per_second(self) -> float:
@@ -255,6 +264,44 @@ def remaining(shards: Sequence[Shard], commits: Sequence[Commit], cuts: Collecti
     return open_shards
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one of several drivers of a run does: every `of`-th shard, from number `index` on.
+
+    They know nothing of each other: shards are committed put-if-absent, and lease numbers are theirs by the remainder.
+    A driver of the whole run that starts later takes their shares over; two drivers of one share do its work twice.
+    """
+
+    index: int
+    of: int
+
+    @classmethod
+    def parsed(cls, text: str) -> "Share":
+        """`3/16`: the fourth of sixteen.
+
+        Raises:
+            CallerError: if it is none.
+        """
+        index, slash, of = text.partition("/")
+        if not (slash and index.isdecimal() and of.isdecimal() and int(index) < int(of)):
+            raise CallerError(f"--shards {text!r} is no share; write i/n with i from 0 to n - 1, such as 3/16")
+        return cls(int(index), int(of))
+
+    def holds(self, shard: Shard) -> bool:
+        """Whether this shard, or the one that it is a part of, belongs to the share."""
+        return shard.index % self.of == self.index
+
+    def first_lease(self, used: int) -> int:
+        """The first lease number of this share that is not below `used`."""
+        return used + (self.index - used) % self.of
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.of}"
+
+
+_ALL = Share(0, 1)
+
+
 def with_failures(commits: Sequence[Commit]) -> list[Shard]:
     """The committed shards that hold failed data."""
     return [
@@ -270,29 +317,30 @@ def serve(
     pool: Pool,
     observers: Sequence[Observer],
     retry_failed: bool = False,
-    fenced: bool = True,
+    share: Share | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Summary:
-    """Give out leases until every datum has a committed row.
+    """Give out leases until every datum has a committed row, or every one of the share.
 
     Args:
         retry_failed: fit the data anew whose committed rows have failed, beside what has no row yet.
-        fenced: take the run over from any driver that serves it; without, drivers work side by side.
+        share: do these shards alone, beside drivers of other shares; without, take the run over from all others.
         clock: seconds.
 
     Raises:
         EncodeError: if the run cannot go on; what is committed stays.
         SupersededError: if another driver has taken over.
     """
-    epoch = folder.take_over() if fenced else None
+    epoch = folder.take_over() if share is None else folder.epoch
+    name = None if share is None else str(share)
     try:
-        summary = _Service(folder, plan, pool, observers, retry_failed, epoch, clock).run()
+        summary = _Service(folder, plan, pool, observers, retry_failed, share, epoch, clock).run()
     except SupersededError:
         raise  # what says that a driver runs is the other's by now
     except BaseException:
-        folder.driver_left()
+        folder.driver_left(name)
         raise
-    folder.driver_left()
+    folder.driver_left(name)
     return summary
 
 
@@ -306,18 +354,21 @@ class _Service:
         pool: Pool,
         observers: Sequence[Observer],
         retry_failed: bool,
+        share: Share | None,
         epoch: int | None,
         clock: Callable[[], float],
     ) -> None:
         self.folder, self.plan, self.pool, self.observers = folder, plan, pool, observers
-        self.epoch, self.clock = epoch, clock
+        self.share, self.epoch, self.clock = share, epoch, clock
+        ours = share or _ALL
         job = EncodeJob.model_validate(plan.job)
         commits, cuts = folder.commits_and_cuts()
         again = with_failures(commits) if retry_failed else []
         self.coordinator = Coordinator(
-            remaining(plan.shards(), commits, cuts) + again,
+            filter(ours.holds, remaining(plan.shards(), commits, cuts) + again),
             calibrate=job.needs_calibration and not folder.has_calibration,
-            first_lease=max((commit.order for commit in commits), default=-1) + 1,
+            first_lease=ours.first_lease(max((commit.order for commit in commits), default=-1) + 1),
+            lease_stride=ours.of,
             epoch=epoch,
         )
         self.summary = Summary(str(folder), job.name)
@@ -329,7 +380,7 @@ class _Service:
         self.beaten = -math.inf
 
     def run(self) -> Summary:
-        coordinator, summary = self.coordinator, self.summary
+        coordinator, summary, begun = self.coordinator, self.summary, time.process_time()
         while not coordinator.finished:
             if self.clock() - self.beaten > BEAT_SECONDS:
                 self.beaten = self.clock()
@@ -349,14 +400,22 @@ class _Service:
         now = self.clock()
         summary.seconds = now - summary.first_lease_at if summary.first_lease_at is not None else 0.0
         summary.workers = len(self.workers)
+        summary.driver_cpu_seconds, summary.driver_peak_mb = time.process_time() - begun, peak_mb()
         self.folder.remove_attempts(self.ended)
         rows = sum(commit.rows for commit in self.folder.commits())
         if rows != self.plan.data_count:
+            if self.share is not None and not self._left_over():
+                return summary  # the others are at work
             raise EncodeError(
                 f"the commits hold {rows} rows of {self.plan.data_count} data; `nfscale verify` says which"
             )
-        self.folder.finish(rows)
+        summary.completed = self.folder.finish(rows)
         return summary
+
+    def _left_over(self) -> list[Shard]:
+        """Shards that should be committed by now, and are not."""
+        commits, cuts = self.folder.commits_and_cuts()
+        return list(filter((self.share or _ALL).holds, remaining(self.plan.shards(), commits, cuts)))
 
     def _refuse_superseded(self) -> None:
         if self.epoch is not None:
@@ -365,7 +424,7 @@ class _Service:
     def _beat(self) -> None:
         """Say that this driver lives, and end the workers that do not."""
         self._refuse_superseded()
-        self.folder.beat(_sign_of_life(self.leases))
+        self.folder.beat(_sign_of_life(self.leases), self.share and str(self.share))
         for lease in self.coordinator.expired(self.clock()):
             self._end(lease)
             self.coordinator.failed(lease, Failure.CRASH, "no sign of progress for too long", self.clock())
@@ -430,10 +489,21 @@ def _sign_of_life(leases: dict[str, Lease]) -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "at": time.time(), "in_flight": in_flight}
 
 
+def peak_mb() -> float:
+    """The most memory that this process has held; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return 0.0
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6
+
+
 def totals(folder: RunFolder, summary: Summary) -> Summary:
     """Fill in the counts over all commits."""
-    summary.counts, summary.fields, summary.failed = {}, 0, 0
-    for commit in folder.commits():
+    commits = folder.commits()
+    summary.counts, summary.fields, summary.failed, summary.shards = {}, 0, 0, len(commits)
+    for commit in commits:
         summary.fields += commit.rows
         summary.failed += commit.failed
         for status, count in commit.counts.items():

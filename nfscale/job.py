@@ -31,6 +31,8 @@ from pydantic import (
 from nfscale.datasets import DATASETS
 from nfscale.datasets.base import Dataset, Opener, Repeated, open_limited
 from nfscale.datasets.tiled import Runs, Tiled, counted
+from nfscale.engine.learned import LEARNERS
+from nfscale.engine.loop import LADDER_IS_NO_PLATEAU
 from nfscale.engine.problem import unsolvable
 from nfscale.engine.result import Stop
 from nfscale.engine.sampling import Sampling
@@ -41,10 +43,13 @@ from nfscale.optim import (
     METHODS,
     OPTIMIZERS,
     SCHEDULES,
+    SOLVERS,
+    Adam,
     Automatic,
     Circumstances,
     Regularized,
     Schedule,
+    Scheduled,
     Solver,
     automatic_kind,
 )
@@ -99,7 +104,13 @@ class SignalSection(_Section):
 class FieldSection(_Section):
     """Keys of every field kind."""
 
-    init: Literal["shared", "per_datum"] = "shared"
+    init: Literal["shared", "learned", "per_datum"] = "shared"
+    """shared: all fields start from one draw; learned: from what the section `learning` makes of it; per_datum: each
+    from its own."""
+
+
+class LearningSection(_Section):
+    """Keys of every kind of learning, see `nfscale.engine.learned`; without effect but for field.init=learned."""
 
 
 class RateSection(_Section):
@@ -135,6 +146,9 @@ class FitSection(_Section):
     plateau_checks: PositiveInt | None = None
     plateau_gain: float = 0.1
     max_restarts: NonNegativeInt = 3
+    first_steps: PositiveInt | None = None
+    """A ladder of budgets: the schedule ends after so many steps, and a field that has missed its target goes on from
+    its best params with the rest of one of twice the length, and so on up to `max_steps`. null: one of `max_steps`."""
     batch: PositiveInt | Literal["auto"] = "auto"
     step: Literal["auto", "plain", "torch", "native", "fused"] = "auto"
     """plain: autograd; torch: without autograd; native: C++, on a CPU; fused: Triton, on a GPU; auto: the fastest that
@@ -143,6 +157,14 @@ class FitSection(_Section):
     @model_validator(mode="after")
     def _cadence_fits(self) -> "FitSection":
         self.stop()
+        if self.first_steps is not None:
+            if self.first_steps % self.check_every:
+                raise ValueError(
+                    f"first_steps={self.first_steps} is not a multiple of check_every={self.check_every}; "
+                    "a budget ends at a check"
+                )
+            if self.plateau_checks is not None:
+                raise ValueError(LADDER_IS_NO_PLATEAU)
         if self.sampling == "error" and self.samples == "full":
             raise ValueError(
                 "fit.sampling=error chooses what a step takes, and fit.samples=full takes all; give a number"
@@ -209,9 +231,16 @@ _SignalKeys = _union(SignalSection, SIGNALS)
 _FieldKeys = _union(FieldSection, FIELDS)
 _OPTIMIZERS: dict[str, type] = METHODS | {"auto": Automatic}
 _OptimizerKeys = _union(OptimizerSection, _OPTIMIZERS)
-_KINDS = {"dataset": DATASETS, "signal": SIGNALS, "field": FIELDS, "optimizer": _OPTIMIZERS}
+_LearningKeys = _union(LearningSection, LEARNERS)
+_KINDS = {
+    "dataset": DATASETS,
+    "signal": SIGNALS,
+    "field": FIELDS,
+    "learning": LEARNERS,
+    "optimizer": _OPTIMIZERS,
+}
 _POSSIBLE_CHANNELS = (1, 2, 3, 4)
-_DEFAULT_KIND = {"signal": "image", "field": "mlp", "optimizer": "esgd"}
+_DEFAULT_KIND = {"signal": "image", "field": "mlp", "learning": "reptile", "optimizer": "esgd"}
 
 
 class EncodeJob(_Section):
@@ -221,6 +250,7 @@ class EncodeJob(_Section):
     dataset: _DatasetKeys  # type: ignore[valid-type]
     signal: _SignalKeys  # type: ignore[valid-type]
     field: _FieldKeys  # type: ignore[valid-type]
+    learning: _LearningKeys = Field(default={"kind": "reptile"}, validate_default=True)  # type: ignore[valid-type]
     optimizer: _OptimizerKeys  # type: ignore[valid-type]
     fit: FitSection = FitSection()
     store: StoreSection = StoreSection()
@@ -231,7 +261,8 @@ class EncodeJob(_Section):
     workers_per_gpu: NonNegativeInt = 1
     """That share each GPU; 0: workers that leave the GPUs alone."""
     checkpoint_minutes: PositiveFloat = 10.0
-    """Accepted, and without effect so far: a shard is seconds of work, and a retry begins it anew."""
+    """A shard that takes longer keeps what it has so far, so often; another attempt at it goes on from there. Most
+    shards are seconds of work. What counts is what the run was planned with."""
     max_failed_fraction: float = Field(default=0.01, ge=0, le=1)
     seed: NonNegativeInt = 0
     output: str = Field(min_length=1)
@@ -243,8 +274,13 @@ class EncodeJob(_Section):
         signal = self._possible_signal()
         if self.tile is not None:
             signal.refuse_tile(self.tile)
+        self.build_learner()
         if isinstance(optimizer, Solver):
             self._solver_can(optimizer, field, signal)
+        if self.fit.first_steps is not None and self.optimizer.kind in SOLVERS and not isinstance(optimizer, Scheduled):
+            raise ValueError(
+                f"fit.first_steps is the length of a schedule, and optimizer.kind={self.optimizer.kind} follows none"
+            )
         if self.needs_calibration and self.field.init == "per_datum":
             raise ValueError(
                 "optimizer.curvature=shared needs fields that start from one theta0, and field.init is per_datum; "
@@ -369,7 +405,7 @@ class EncodeJob(_Section):
             has_hidden_matrices=self.field.kind == "mlp" and self.field.depth > 1,
             dimensions=signal.dimensions,
             weight_scale=self.field.weight_scale,
-            shares_init=self.field.init == "shared",
+            shares_init=self.field.init != "per_datum",
         )
         try:
             return self.model_validate(self.model_dump() | {"optimizer": {"kind": automatic_kind(circumstances)}})
@@ -385,18 +421,31 @@ class EncodeJob(_Section):
         if rate == "auto":
             scale = 1.0 if self.field.weight_scale == "auto" else self.field.weight_scale
             rate = cls.auto_learning_rate(self.field.width, scale, samples_per_step)
-        schedule = Schedule(section.schedule, self.fit.max_steps, self.optimizer.warmup)
+        schedule = Schedule(section.schedule, self.fit.max_steps, self.optimizer.warmup, self.fit.first_steps)
         optimizer = _build(cls, section, learning_rate=rate, schedule=schedule)
         if not isinstance(section, OptimizerSection) or (not section.weight_decay and section.clip_norm is None):
             return optimizer
         return Regularized(optimizer, section.weight_decay, section.clip_norm)
 
+    def build_learner(self) -> Any:
+        """What learns the start of field.init=learned."""
+        return _build(LEARNERS[self.learning.kind], self.learning)
+
+    def learning_rate_of_adam(self, samples_per_step: int) -> float:
+        """The automatic rate of Adam for the job's field."""
+        scale = 1.0 if self.field.weight_scale == "auto" else self.field.weight_scale
+        return Adam.auto_learning_rate(self.field.width, scale, samples_per_step)
+
     def fingerprint(self, ids_digest: str) -> str:
         """SHA-256 of all that changes a result; workers, batch size, tracking and output do not."""
         decides = self.model_dump(
             mode="json",
-            include={"dataset": True, "signal": True, "field": True, "optimizer": True, "fit": True, "seed": True},
+            include={"dataset", "signal", "field", "learning", "optimizer", "fit", "seed"},
         )
+        if self.field.init != "learned":
+            decides.pop("learning")
+        if self.fit.first_steps is None:
+            decides["fit"].pop("first_steps")
         for name in ("batch", "step"):
             decides["fit"].pop(name)
         if self.tile is None:

@@ -4,9 +4,9 @@
 
 Encodes one datum by the commands that a user types, decodes it whole, and compares what blocks that fade into each
 other say with what they say where one is switched to the next, in the middle of what they share. By axis: how much the
-error steps from cell to cell where blocks meet, over how much it does elsewhere (1: no seam); and the same of the
-error's mean over an eighth of a block before and after that (1: no patches). Memory is that of all processes together
-at its highest, shared pages shared out.
+error steps from cell to cell where blocks meet, as a share of the range, and over how much it does elsewhere (1: no
+seam); and the same of the error's mean over an eighth of a block before and after that (patches). Memory is that of all
+processes together at its highest, shared pages shared out.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/tiles"))
     parser.add_argument("--id", help="the datum that is decoded")
     parser.add_argument("overrides", nargs="*", help="of the job, as section.key=value")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     name, datum_id, suffix = JOBS[options.what]
     datum_id = options.id or datum_id
     run = options.output / options.what
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     lines = [
         f"{datum_id}: encoded in {encoded}, decoded in {decoded}",
         "",
-        "| blocks meet | whole, dB | steps, by axis | steps of means, by axis |",
+        "| blocks meet | whole, dB | steps: of the range, over elsewhere | of means: likewise |",
         "|---|---|---|---|",
         *_rows(str(run), datum_id),
     ]
@@ -134,7 +134,9 @@ def _rows(run: str, datum_id: str) -> list[str]:
         with patch.object(Cut, "fades", fades if how == "fading" else _switched(fades)):
             rebuilt = table.decode([datum_id])[0]
         error = array_of(rebuilt) - array_of(original)
-        seams, patches = (", ".join(f"{one:.2f}" for one in of(error, cuts)) for of in (seam_steps, patch_steps))
+        error /= float(np.ptp(array_of(original)))
+        found = ([f"{share:.5f} ({ratio:.2f})" for share, ratio in of(error, cuts)] for of in (seam_steps, patch_steps))
+        seams, patches = map(", ".join, found)
         rows.append(f"| {how} | {signal.whole_quality(original, rebuilt):.2f} | {seams} | {patches} |")
     return rows
 
@@ -148,8 +150,8 @@ def array_of(content: Any) -> np.ndarray:
     return content if isinstance(content, np.ndarray) else content.values
 
 
-def seam_steps(error: np.ndarray, cuts: tuple[Cut, ...]) -> list[float]:
-    """Along each axis: root mean square of the error's steps from cell to cell where blocks meet, over all others'."""
+def seam_steps(error: np.ndarray, cuts: tuple[Cut, ...]) -> list[tuple[float, float]]:
+    """Along each axis: root mean square of the error's steps from cell to cell where blocks meet; over all others'."""
     found = []
     for axis, cut in enumerate(cuts):
         at = [round(middle) - 1 for middle, _ in cut.fades()]
@@ -157,7 +159,7 @@ def seam_steps(error: np.ndarray, cuts: tuple[Cut, ...]) -> list[float]:
     return found
 
 
-def patch_steps(error: np.ndarray, cuts: tuple[Cut, ...]) -> list[float]:
+def patch_steps(error: np.ndarray, cuts: tuple[Cut, ...]) -> list[tuple[float, float]]:
     """As `seam_steps`, of means over an eighth of a block along every axis, as far apart as blocks fade."""
     found = []
     for axis, cut in enumerate(cuts):
@@ -182,15 +184,16 @@ def _running_means(values: np.ndarray, axis: int, length: int) -> np.ndarray:
     return (np.take(sums, range(length, count), axis) - np.take(sums, range(count - length), axis)) / length
 
 
-def _ratio(values: np.ndarray, axis: int, at: list[int], near: list[int]) -> float:
-    """Root mean square at some places of an axis over that at all that are neither there nor near; 1 where none are."""
+def _ratio(values: np.ndarray, axis: int, at: list[int], near: list[int]) -> tuple[float, float]:
+    """Root mean square at some places of an axis, and over that at all that are neither there nor near."""
     squares = np.square(values.astype(np.float64)).mean(axis=tuple(set(range(values.ndim)) - {axis}))
     chosen, others = np.zeros(len(squares), bool), np.ones(len(squares), bool)
     chosen[[place for place in at if 0 <= place < len(squares)]] = True
     others[[place for place in [*at, *near] if 0 <= place < len(squares)]] = False
     if not chosen.any() or not others.any():
-        return 1.0
-    return float(np.sqrt(squares[chosen].mean() / squares[others].mean()))
+        return 0.0, 1.0
+    there, elsewhere = (float(np.sqrt(squares[places].mean())) for places in (chosen, others))
+    return there, there / elsewhere
 
 
 if __name__ == "__main__":

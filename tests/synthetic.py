@@ -24,17 +24,17 @@ _EPOCH = 1_800_000_000.0
 
 
 class Noise:
-    """`count` images of 8 x 8 values, the smoother the smaller their index modulo 100."""
+    """`count` square images, the smoother the smaller their index modulo 100."""
 
-    def __init__(self, count: int = 1000) -> None:
-        self.count = count
+    def __init__(self, count: int = 1000, side: int = 8) -> None:
+        self.count, self.side = count, side
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Any:
-        drawn = np.random.default_rng(index).random((8, 8, 1))
-        smooth = np.full((8, 8, 1), drawn.mean())
+        drawn = np.random.default_rng(index).random((self.side, self.side, 1))
+        smooth = np.full_like(drawn, drawn.mean())
         share = (index % 100) / 100
         return (share * drawn + (1 - share) * smooth).astype(np.float32)
 

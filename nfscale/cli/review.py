@@ -25,7 +25,7 @@ def review(
 ) -> None:
     """Make report.html of what is committed, and bring the MLflow run up to it. A run may be under way.
 
-    Examples: `nfscale review runs/digits`, `nfscale review runs/digits --id 17`
+    Example: `nfscale review runs/digits`, or `nfscale review runs/digits --id 17`
     """
     folder = RunFolder(run)
     if datum is not None:

@@ -33,7 +33,7 @@ def status(
 ) -> None:
     """Show what of a run is committed, in flight, and failed and why.
 
-    Examples: `nfscale status runs/digits`, `nfscale status runs/digits --watch`
+    Example: `nfscale status runs/digits`, or `nfscale status runs/digits --watch`
     """
     folder = RunFolder(run)
     plan, known = folder.plan(), _Known(folder)

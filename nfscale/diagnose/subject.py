@@ -39,6 +39,11 @@ def subject_of(job: EncodeJob, datum_id: str | None = None) -> Subject:
     Raises:
         CallerError: if there is no such datum, or it cannot be read.
     """
+    if job.field.init == "learned":
+        raise CallerError(
+            "diagnose looks at the start that a job draws, and field.init=learned is learned when a run begins; "
+            "use field.init=shared"
+        )
     dataset = _blocks_of_one(job, job.open_dataset(), datum_id)
     ids = list(dataset.ids)
     if datum_id is not None and datum_id not in ids:

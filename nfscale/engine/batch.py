@@ -45,6 +45,15 @@ class Slot:
     history_step: list[int] = field(default_factory=list)
     history_quality: list[float] = field(default_factory=list)
 
+    @property
+    def rate(self) -> float:
+        """Factor on the learning rate: halved for each restart."""
+        return 0.5**self.restarts
+
+    def copied(self) -> "Slot":
+        """A record of its own."""
+        return replace(self, history_step=[*self.history_step], history_quality=[*self.history_quality])
+
     def restarted(self) -> "Slot":
         """The same datum before its first step, one restart later."""
         return Slot(self.id, self.seed, self.source, self.restarts + 1, wall_seconds=self.wall_seconds)
@@ -115,6 +124,11 @@ class Batch:
         """Keep the current params of these slots as their best."""
         if indices:
             self.best_rows[indices] = self.rows[indices]
+
+    def back_to_best(self, indices: list[int]) -> None:
+        """Go on from the best params of these slots; the optimiser's memory stays."""
+        if indices:
+            self.rows[indices] = self.best_rows[indices]
 
     def select(self, indices: list[int], errors: Tensor) -> None:
         """Choose what the steps of these slots draw from until the next check, by the errors [len(indices), N]."""
@@ -214,7 +228,7 @@ class Batch:
         self.rows[index] = row
         self.best_rows[index] = row
         self.steps[index] = 0
-        self.rate[index] = 0.5**slot.restarts
+        self.rate[index] = slot.rate
         fresh = self._begun(self.rows[index : index + 1])
         _assign(self.state, fresh, index)
 

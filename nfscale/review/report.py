@@ -74,7 +74,7 @@ def make_report(folder: RunFolder) -> dict[str, Any]:
     context: dict[str, Any] = {"summary": summary, "run": run, "job": job_text, "unit": unit_of(run.plan.quality_name)}
     context |= {"job_file": folder.files.place(JOB_FILE), "made_at": time.strftime("%Y-%m-%d %H:%M", time.gmtime())}
     context |= sections(run, table, rows)
-    context["no_pictures"] = ""
+    context |= {"galleries": [], "no_pictures": ""}
     if len(rows.fitted):
         try:
             context |= _galleries(run, table, rows)

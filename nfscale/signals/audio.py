@@ -210,7 +210,7 @@ class Audio(Gridded):
         return float(content.rate)
 
     def cut(self, content: Sound, box: tuple[slice, ...]) -> Sound:
-        return Sound(content.values[box].copy(), content.rate)
+        return Sound(np.array(content.values[box]), content.rate)
 
     def points(self, shape: tuple[Any, ...], fitted: tuple[Any, ...]) -> tuple[Points, ...]:
         """Sample i is at the beginning of cell i."""

@@ -162,7 +162,7 @@ class Image(Gridded):
         return content.shape[:2]
 
     def cut(self, content: np.ndarray, box: tuple[slice, ...]) -> np.ndarray:
-        return content[box].copy()
+        return np.array(content[box])  # and no longer mapped, if it was
 
     def reconstruct(self, values: Tensor, shape: tuple[int, ...]) -> np.ndarray:
         """[F, H * W, C] in row order -> [F, H, W, C], clamped to [0, 1]."""

@@ -1,11 +1,13 @@
 """The folder of a run: what is in it, and the only ways in which something gets there.
 
     job.json                           the frozen plan; written first, put-if-absent
+    checkpoints/shard-00042.npz        while a shard takes long: its fields so far; removed with the commit
     calibration.parquet                what all fields share beside theta0; put-if-absent
     data/shard-00042.<attempt>.parquet written by one attempt, under a name of its own
     commits/shard-00042.json           put-if-absent: names the one file that counts, or the parts it was cut into
     _SUCCESS                           when every datum has a row
     driver.json                        while a driver runs: where, its last sign of life, what is in flight
+    drivers/3-of-16.json               the same of a driver that has a share of the shards
     _control/epoch-000007.json         put-if-absent by each driver that starts: the highest one counts
     weights.arrow                      where the job wants it: an uncompressed copy for training
     review/                            report and pictures
@@ -14,6 +16,7 @@ Readers open only what the commits name, so a killed or late attempt leaves noth
 """
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -42,6 +45,8 @@ WORST_TABLE = "review/worst.json"
 JOB_FILE = "review/job.yaml"
 IPC_COPY = "weights.arrow"
 _CONTROL = "_control"
+_DRIVERS = "drivers"
+_CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,8 @@ class Plan:
     blocks: tuple[tuple[int, tuple[int, ...]], ...] | None = None
     """Of data that are cut into blocks, which `data_count` counts: how many each has by axis, as pairs of a number of
     data that follow each other and their counts."""
+    learned: dict[str, float] = field(default_factory=dict)
+    """What it took to learn theta0, see `nfscale.engine.LearnedStart`; empty where it was drawn."""
     versions: dict[str, str] = field(default_factory=dict)
     format: int = 1
 
@@ -173,7 +180,8 @@ class Commit:
     """Over the rows that were fitted."""
     spent: dict[str, float] = field(default_factory=dict)
     """Parts of `seconds`: optimiser `steps`, `checks` between them, waiting for data that are not read yet
-    (`reading`), `measuring` the rows as readers decode them, and `writing` them."""
+    (`reading`), `measuring` the rows as readers decode them, `writing` them, and `keeping` checkpoints. And
+    beside them what passed `between` the rows of the worker's last shard and this one: a commit, a report, a lease."""
 
     @property
     def failed(self) -> int:
@@ -288,6 +296,11 @@ class RunFolder:
         """Where an attempt writes its rows."""
         return f"data/{shard.name}.{attempt}.parquet"
 
+    @staticmethod
+    def checkpoint_file(shard: Shard) -> str:
+        """Where attempts at a shard keep what they have so far."""
+        return _checkpoint_file(shard.name)
+
     def commit(self, commit: Commit) -> bool:
         """Make an attempt's file the one that counts; False if another attempt was first."""
         return self.files.put_if_absent(_commit_file(commit.shard), schema.json_bytes(asdict(commit)))
@@ -363,11 +376,22 @@ class RunFolder:
                 self.files.remove(name)
 
     def uncommitted(self) -> list[str]:
-        """Files of attempts that no commit names: in flight, lost to another attempt, or left by a kill."""
-        named = {commit.file for commit in self.commits()}
-        return sorted({*self.files.names("data"), *self.files.unfinished()} - named)
+        """Files of attempts that no commit names: in flight, lost to another attempt, or left by a kill.
+
+        Checkpoints are among them where their shard is committed.
+        """
+        commits = self.commits()
+        named = {commit.file for commit in commits}
+        done = {_checkpoint_file(commit.shard) for commit in commits}
+        kept = [name for name in self.files.names(_CHECKPOINTS) if name in done or self.is_complete]
+        return sorted({*self.files.names("data"), *self.files.unfinished(), *kept} - named)
 
     # --- the driver
+
+    @property
+    def epoch(self) -> int:
+        """Of the last driver that took the run over; 0 if none has."""
+        return max((int(name[-11:-5]) for name in self.files.names(_CONTROL)), default=0)
 
     def take_over(self) -> int:
         """Begin an epoch: from now on drivers of earlier ones commit nothing. The number of this one."""
@@ -394,24 +418,25 @@ class RunFolder:
             "one ends, what it had committed stays, and the other one continues"
         )
 
-    def beat(self, state: dict[str, Any]) -> None:
-        """Say that a driver is alive, and what is in flight."""
-        self.files.replace("driver.json", schema.json_bytes(state))
+    def beat(self, state: dict[str, Any], share: str | None = None) -> None:
+        """Say that a driver is alive, and what is in flight; of several drivers, each for its share."""
+        self.files.replace(_driver_file(share), schema.json_bytes(state))
 
     def driver(self) -> dict[str, Any] | None:
-        """What the last driver said, or None if it left in good order."""
-        try:
-            return self._json("driver.json") or None
-        except ValueError:
-            return None
+        """What a driver said last, or None if all left in good order."""
+        said = []
+        for name in ["driver.json", *self.files.names(_DRIVERS)]:
+            with contextlib.suppress(ValueError):
+                said.append(self._json(name))
+        return max(filter(None, said), key=lambda state: state["at"], default=None)
 
-    def driver_left(self) -> None:
+    def driver_left(self, share: str | None = None) -> None:
         """Say that the driver is gone in good order."""
-        self.files.remove("driver.json")
+        self.files.remove(_driver_file(share))
 
-    def finish(self, rows: int) -> None:
-        """Mark the run as complete."""
-        self.files.put_if_absent("_SUCCESS", schema.json_bytes({"rows": rows}))
+    def finish(self, rows: int) -> bool:
+        """Mark the run as complete; False if another driver did before."""
+        return self.files.put_if_absent("_SUCCESS", schema.json_bytes({"rows": rows}))
 
     def unfinish(self) -> None:
         """Take the mark away again."""
@@ -444,6 +469,14 @@ class RunFolder:
 
 def _epoch_file(epoch: int) -> str:
     return f"{_CONTROL}/epoch-{epoch:06d}.json"
+
+
+def _driver_file(share: str | None) -> str:
+    return "driver.json" if share is None else f"{_DRIVERS}/{share.replace('/', '-of-')}.json"
+
+
+def _checkpoint_file(shard: str) -> str:
+    return f"{_CHECKPOINTS}/{shard}.npz"
 
 
 def _commit_file(shard: str) -> str:

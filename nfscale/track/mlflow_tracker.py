@@ -66,7 +66,7 @@ def tracking_uri(folder: RunFolder) -> str:
 
     SQLite does not live in an object store; for an output there the store is in the user's data folder.
     """
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_store_folder(folder) / 'mlruns.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store_folder(folder) / 'mlruns.db'}"
 
 
 def page_of(folder: RunFolder) -> str | None:
@@ -77,7 +77,7 @@ def page_of(folder: RunFolder) -> str | None:
     return f"{known['tracking_uri'].rstrip('/')}/#/experiments/{known.get('experiment_id', 0)}/runs/{known['run_id']}"
 
 
-def _store_folder(folder: RunFolder) -> Path:
+def store_folder(folder: RunFolder) -> Path:
     """Where the SQLite store is."""
     if is_uri(folder.files.root):
         return data_folder().resolve()
@@ -125,9 +125,9 @@ class Tracker:
         self._ending: Callable[[], None] | None = None
         self.problem: str | None = None
         """Why MLflow does not have the run, if it has not."""
-        self.seconds: dict[str, float] = {"opening": 0.0, "logging": 0.0, "closing": 0.0}
-        """Wall seconds of the thread, while others work: until it has what was committed before, then until the last
-        commit, then report, model and totals."""
+        self.seconds = {f"{phase}{kind}": 0.0 for phase in ("opening", "logging", "closing") for kind in ("", "_cpu")}
+        """Wall seconds of the thread, while others work, and what it computed in them (`_cpu`): until it has what was
+        committed before, then until the last commit, then report, model and totals."""
         self._thread = threading.Thread(target=self._work, name="nfscale-mlflow", daemon=True)
         self._thread.start()
 
@@ -170,8 +170,7 @@ class Tracker:
 
     def _look(self) -> None:
         assert self._pace is not None
-        if self._calls.empty():  # commits come first
-            self._need().log_nodes(self._pace.measured())
+        self._need().log_nodes(self._pace.measured())
 
     def _need(self) -> "_Projection":
         assert self._projection is not None, "on_start comes first"
@@ -185,7 +184,7 @@ class Tracker:
             self._try("closing", self._ending)
 
     def _try(self, phase: str, call: Callable[[], None]) -> None:
-        started = time.monotonic()
+        started, computed = time.monotonic(), time.thread_time()
         try:
             call()
         except Exception as error:  # whatever a tracking server answers, the encode goes on
@@ -196,6 +195,7 @@ class Tracker:
                     f"goes on, and `nfscale review {self._folder}` writes it later"
                 )
         self.seconds[phase] += time.monotonic() - started
+        self.seconds[f"{phase}_cpu"] += time.thread_time() - computed
 
 
 class _Pace:
@@ -236,7 +236,7 @@ class _Projection:
         self.folder, self.plan, self.drives = folder, plan, drives
         self.per_datum = plan.data_count <= plan.job["track"]["per_datum_limit"]
         if not os.environ.get("MLFLOW_TRACKING_URI"):
-            migrated_store(_store_folder(folder) / "mlruns.db")
+            migrated_store(store_folder(folder) / "mlruns.db")
         self.client = MlflowClient(tracking_uri(folder))
         self.run_id = self._run()
         self.logged = self._logged_orders()
@@ -270,7 +270,7 @@ class _Projection:
 
     def _begun(self) -> str | None:
         """The run that a driver created before it was killed, if there is one."""
-        experiment = experiment_id(self.client, self.plan.job["track"]["experiment"], _store_folder(self.folder))
+        experiment = experiment_id(self.client, self.plan.job["track"]["experiment"], store_folder(self.folder))
         found = self.client.search_runs([experiment], f"tags.`nfscale.run` = '{self.plan.id}'", max_results=1)
         return found[0].info.run_id if found else None
 
@@ -286,7 +286,7 @@ class _Projection:
 
     def _created(self) -> str:
         job = self.plan.job
-        experiment = experiment_id(self.client, job["track"]["experiment"], _store_folder(self.folder))
+        experiment = experiment_id(self.client, job["track"]["experiment"], store_folder(self.folder))
         tags = {
             "nfscale.run": self.plan.id,
             "nfscale.modality": job["signal"]["kind"],

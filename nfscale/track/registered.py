@@ -31,19 +31,15 @@ def register_decoder(client: "MlflowClient", uri: str, run_id: str, name: str, t
     """A registered model that decodes ids of this run to arrays, as a new version of the model of this name."""
     import mlflow
     from mlflow.exceptions import MlflowException
-    from mlflow.models import Model
 
     for logger in ("mlflow.pyfunc", "mlflow.models.model", "mlflow.store.model_registry.abstract_store"):
         logging.getLogger(logger).setLevel(logging.WARNING)
     example, dimensions = _example(table)
     run = table.folder.files.absolute()
-    with tempfile.TemporaryDirectory() as folder, _tracking_uri_for_now(uri), warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, _active(uri, run_id), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice to add type hints to predict
-        logged = Model.log(
-            flavor=mlflow.pyfunc,
-            artifact_path=None,
+        logged = mlflow.pyfunc.log_model(
             name="decoder",
-            run_id=run_id,
             python_model=str(Path(__file__).with_name("decoder.py")),
             model_config={"run": run},
             code_paths=[str(_shipped_code(Path(folder)))],
@@ -107,13 +103,15 @@ def _requirements(in_object_store: bool) -> list[str]:
 
 
 @contextlib.contextmanager
-def _tracking_uri_for_now(uri: str) -> Iterator[None]:
-    """MLflow's own functions look for a store that is set for the whole process: set it, and set it back."""
+def _active(uri: str, run_id: str) -> Iterator[None]:
+    """MLflow's own functions look for a store that is set for the whole process, and put a model into the experiment
+    of the run that is active: set both, and set them back. Who calls this sets the run's status afterwards."""
     import mlflow
 
     before = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)
     try:
-        yield
+        with mlflow.start_run(run_id=run_id):
+            yield
     finally:
         mlflow.set_tracking_uri(before or None)  # type: ignore[arg-type] (None unsets it)

@@ -119,6 +119,68 @@ def test_review_makes_a_report_that_needs_nothing_else(home):
     assert 'src="data:image/' in report
 
 
+def test_review_shows_how_one_datum_converged(home):
+    run = home / "runs" / "tiny"
+    import nfscale as package
+
+    row = package.open_weights(run).to_arrow().to_pylist()[5]
+    shown = nfscale("review", run, "--id", row["datum_id"], "--json", home / "datum.json")
+    assert shown.returncode == 0, shown.stderr
+    assert f"psnr_db {row['quality']:.2f}, rank " in shown.stdout
+    figures = json.loads((home / "datum.json").read_text())
+    assert figures["history_quality"] == row["history_quality"]
+    with Image.open(figures["picture"]) as picture:
+        assert picture.width > 500
+    wrong = nfscale("review", run, "--id", "no-such-datum")
+    assert wrong.returncode == 2
+    assert "no committed row for ['no-such-datum']; ids look like ['digit-" in wrong.stderr
+    assert len(wrong.stderr.splitlines()) == 1
+
+
+def test_compare_writes_a_page_and_figures(home, tmp_path):
+    import shutil
+
+    run = home / "runs" / "tiny"
+    other = home / "runs" / "same"
+    shutil.copytree(run, other)
+    compared = nfscale("compare", run, other, "--json", tmp_path / "compare.json")
+    assert compared.returncode == 0, compared.stderr
+    figures = json.loads((tmp_path / "compare.json").read_text())
+    assert (figures["mean_difference"], figures["interval"], figures["pairs"]) == (0.0, [0.0, 0.0], 48)
+    assert "no difference at 95%" in compared.stdout
+    page = other / "review" / "compare-tiny-with-same.html"
+    assert "Runs compared" in page.read_text()
+    (logged,) = (home / "runs" / "mlartifacts").rglob("compare/compare-tiny-with-same.html")
+    assert logged.read_bytes() == page.read_bytes()
+    shutil.rmtree(other)
+    assert nfscale("compare", run).returncode == 2
+
+
+def test_status_watches_until_a_run_is_complete(home, tmp_path):
+    import shutil
+    import time
+
+    run = tmp_path / "copy"
+    shutil.copytree(home / "runs" / "tiny", run)
+    commit = (run / "commits" / "shard-00001.json").read_bytes()
+    (run / "commits" / "shard-00001.json").unlink()
+    (run / "_SUCCESS").unlink()
+    (run / "driver.json").write_text(json.dumps({"host": "here", "pid": 7, "at": time.time() + 600, "in_flight": {}}))
+    with (tmp_path / "seen.txt").open("w") as seen:
+        watching = subprocess.Popen([sys.executable, "-m", "nfscale", "status", str(run), "--watch"], stdout=seen)
+        until = time.monotonic() + 200
+        while "32 of 48" not in (tmp_path / "seen.txt").read_text() and time.monotonic() < until:
+            time.sleep(0.2)
+        (run / "commits" / "shard-00001.json").write_bytes(commit)
+        (run / "_SUCCESS").write_text("{}")
+        (run / "driver.json").unlink()
+        assert watching.wait(200) == 0
+    text = (tmp_path / "seen.txt").read_text()
+    assert "32 of 48 data committed in 2 shards; running on here" in text
+    assert text.rstrip().splitlines()[-3:][0].endswith("48 of 48 data committed in 3 shards; complete")
+    assert "data/s" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -176,7 +238,7 @@ def test_a_folder_of_unreadable_images_is_exit_2_and_nothing_is_written(tmp_path
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", ["encode", "status", "decode", "verify", "review", "gc"])
+@pytest.mark.parametrize("command", ["encode", "status", "decode", "verify", "review", "compare", "gc"])
 def test_every_command_has_help_with_an_example(command):
     shown = nfscale(command, "--help")
     assert shown.returncode == 0

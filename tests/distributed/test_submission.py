@@ -364,3 +364,13 @@ def test_nobody_at_the_address_is_a_line(dashboard):
         UnreachableError, match=r"no Ray cluster answers at http://127.0.0.1:9 \(.*refused\); is its head"
     ):
         RayCluster("http://127.0.0.1:9")
+
+
+def test_a_tail_that_is_closed_early_is_taken_up_without_printing_anything_twice(monkeypatch):
+    cluster = RayCluster.__new__(RayCluster)
+    tails = [["one ", "two "], ["one two ", "three"], ["one two three"]]
+    states = ["RUNNING", "RUNNING", "SUCCEEDED"]
+    monkeypatch.setattr(cluster, "_tailed", lambda job_id: iter(tails.pop(0)), raising=False)
+    monkeypatch.setattr(cluster, "job", lambda job_id: SubmittedJob(job_id, states.pop(0)))
+    monkeypatch.setattr("nfscale.distributed.job_api.time.sleep", lambda seconds: None)
+    assert list(cluster.follow("tiny-a0", skip=2)) == ["e ", "two ", "three"]

@@ -1,7 +1,10 @@
 """The MLflow run, read back with MlflowClient: it holds what the table holds, once, however often it is written."""
 
+import dataclasses
+import json
 import os
 import socket
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -9,7 +12,8 @@ import pytest
 
 from nfscale.review import make_report
 from nfscale.store import open_weights
-from nfscale.track import Tracker, tracking_uri
+from nfscale.track import TOO_MANY_FAILED, Tracker, tracking_uri
+from nfscale.track.mlflow_tracker import _Projection
 from tests.jobs import Recorder, encode_in_process, tiny_job
 
 mlflow = pytest.importorskip("mlflow")
@@ -82,6 +86,90 @@ def test_params_tags_inputs_and_totals(tracked):
     assert [m.step for m in medians] == [0, 20, 40, 60]
 
 
+def test_totals_and_statuses_are_exactly_those_of_the_table(tracked):
+    folder, run_id = tracked
+    table = open_weights(folder.files.path).to_arrow(["quality", "status"])
+    metrics = client_of(folder).get_run(run_id).data.metrics
+    counts = {f"count/{name}": float(count) for name, count in Counter(table["status"].to_pylist()).items()}
+    assert {name: value for name, value in metrics.items() if name.startswith("count/")} == counts
+    quality = table["quality"].to_numpy()
+    for name, percentile in (("p05", 5), ("p50", 50), ("p95", 95)):
+        assert metrics[f"quality/{name}"] == float(np.percentile(quality, percentile))
+    for commit in folder.commits():
+        points = client_of(folder).get_metric_history(run_id, "shard/failed")
+        assert {p.step: p.value for p in points}[commit.order] == commit.failed
+
+
+def test_a_person_reads_what_came_out_and_where_to_look(tracked):
+    folder, run_id = tracked
+    run = client_of(folder).get_run(run_id)
+    assert run.data.tags["nfscale.state"] == "complete"
+    assert run.data.tags["nfscale.modality"] == "image"
+    assert run.data.tags["nfscale.dataset"] == "digits"
+    assert run.data.tags["nfscale.output"] == str(folder.files.path)
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith("Complete: ")
+    assert "`datum/*`" in note
+    read, weights = (i.dataset for i in run.inputs.dataset_inputs)
+    assert "mlflow_colspec" in json.loads(read.schema)
+    columns = json.loads(weights.schema)["mlflow_colspec"]
+    assert [column["name"] for column in columns] == folder.plan().table_schema().names
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "expected"),
+    [
+        ("FINISHED", None, ("FINISHED", "complete")),
+        ("FAILED", TOO_MANY_FAILED, ("FAILED", "too_many_failed")),
+        ("KILLED", None, ("KILLED", "killed")),
+        ("FAILED", None, ("FAILED", "failed")),
+        ("RUNNING", None, ("RUNNING", "running")),
+        (None, None, ("KILLED", "killed")),
+    ],
+)
+def test_the_status_is_right_in_every_ending(tracked, status, state, expected):
+    """In this order: the last one finds a run that claims to be running, and nobody works on it."""
+    folder, run_id = tracked
+    tracker = Tracker(folder, folder.plan(), pytest.fail, drives=False)
+    tracker.on_start(folder, folder.plan(), folder.commits())
+    tracker.close(status, state=state)
+    run = client_of(folder).get_run(run_id)
+    assert (run.info.status, run.data.tags["nfscale.state"]) == expected
+    assert folder.is_tracked
+
+
+def test_a_run_has_ended_also_where_its_report_could_not_be_stored(tracked, monkeypatch):
+    folder, run_id = tracked
+    warnings = []
+    tracker = Tracker(folder, folder.plan(), warnings.append)
+    tracker.on_start(folder, folder.plan(), folder.commits())
+    monkeypatch.setattr("mlflow.MlflowClient.log_artifact", lambda *_: 1 / 0)
+    make_report(folder)
+    tracker.log_review()
+    tracker.close("FINISHED")
+    assert "ZeroDivisionError" in warnings[0]
+    assert client_of(folder).get_run(run_id).info.status == "FINISHED"
+
+
+def test_nodes_are_looked_at(tracked):
+    folder, run_id = tracked
+    tracker = Tracker(folder, folder.plan(), pytest.fail, nodes=lambda: {"a node": {"cpu_utilization_percentage": 7.0}})
+    tracker.on_start(folder, folder.plan(), folder.commits())
+    for _ in range(3):
+        tracker.on_tick()
+    tracker.close("FINISHED")
+    points = client_of(folder).get_metric_history(run_id, "system/a-node/cpu_utilization_percentage")
+    assert [point.value for point in points] == [7.0], "one look in ten seconds"
+
+
+def test_a_huge_run_has_points_of_some_shards(tracked):
+    folder, _ = tracked
+    plan = dataclasses.replace(folder.plan(), data_count=10_000_000, shard_fields=500)
+    projection = _Projection.__new__(_Projection)
+    projection.plan, projection.per_datum = plan, False
+    assert projection._every == 10
+
+
 def test_every_shard_has_its_aggregates(tracked):
     folder, run_id = tracked
     points = client_of(folder).get_metric_history(run_id, "shard/quality_p50")
@@ -115,7 +203,15 @@ def test_the_review_and_a_model_that_decodes_are_artifacts_of_the_run(tracked, m
         tracker.close("FINISHED")
         assert tracker.problem is None
     names = {artifact.path for artifact in client_of(folder).list_artifacts(run_id, "review")}
-    assert {"review/report.html", "review/convergence.parquet", "review/worst.csv"} <= names
+    assert {"review/report.html", "review/convergence.parquet", "review/worst.csv", "review/worst.json"} <= names
+    tags = client_of(folder).get_run(run_id).data.tags
+    assert json.loads(tags["mlflow.loggedArtifacts"]) == [{"path": "review/worst.json", "type": "table"}]
+    worst = open_weights(folder.files.path).to_arrow(["quality"])["quality"].to_numpy().min()
+    shown = mlflow.MlflowClient(tracking_uri(folder)).download_artifacts(run_id, "review/worst.json")
+    with open(shown) as file:
+        table = json.load(file)
+    assert table["data"][0][table["columns"].index("quality")] == pytest.approx(worst, abs=1e-4)
+    assert f"worst **{worst:.2f}**" in tags["mlflow.note.content"]
     assert "review/worst-median-best.png" in names
     (version,) = client_of(folder).search_model_versions("name='nfscale-tiny'")
     assert "MLFLOW_TRACKING_URI" not in os.environ, "the store of one run must not become that of the next"
