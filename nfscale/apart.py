@@ -12,7 +12,10 @@ from collections.abc import Generator, Iterable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
+
 from nfscale.datasets import Dataset, Datum
+from nfscale.signals.mapped import mapping_of
 
 _HAVE_THREADS = ("obstore", "ray")
 """Packages that start some where Python does not see them."""
@@ -97,11 +100,13 @@ def _serve(pipe: Connection, theirs: Connection, dataset: Dataset) -> None:
             return
         datum = dataset.read(position)
         try:
-            pipe.send(datum if _bytes_of(datum.content) <= _SENT_BYTES else None)
+            pipe.send(datum if _can_be_sent(datum.content) else None)
         except Exception:  # content that cannot be sent is read once more, where it is wanted
             pipe.send(None)
 
 
-def _bytes_of(content: Any) -> int:
-    """Of its numbers; those that stay in the file they are mapped from would be read to be sent."""
-    return int(getattr(getattr(content, "values", content), "nbytes", 0))
+def _can_be_sent(content: Any) -> bool:
+    """Numbers that stay in the file they are mapped from would all be read, and arrive as others that do not."""
+    values = getattr(content, "values", content)
+    is_mapped = isinstance(values, np.ndarray) and mapping_of(values) is not None
+    return not is_mapped and int(getattr(values, "nbytes", 0)) <= _SENT_BYTES
