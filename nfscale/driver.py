@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -189,6 +190,12 @@ class Summary:
     spent: dict[str, float] = field(default_factory=dict)
     """Wall seconds of these workers by what they went into, see `Commit.spent`; all of theirs are
     `seconds` times `workers`."""
+    shards: int = 0
+    """Committed, parts of those that were cut among them."""
+    driver_cpu_seconds: float = 0.0
+    """Of this driver, first lease to last commit; workers have processes of their own but with `workers=0`."""
+    driver_peak_mb: float = 0.0
+    """The most memory that its process has held."""
     first_lease_at: float | None = None
     """By `time.monotonic`."""
     was_complete: bool = False
@@ -371,7 +378,7 @@ class _Service:
         self.beaten = -math.inf
 
     def run(self) -> Summary:
-        coordinator, summary = self.coordinator, self.summary
+        coordinator, summary, begun = self.coordinator, self.summary, time.process_time()
         while not coordinator.finished:
             if self.clock() - self.beaten > BEAT_SECONDS:
                 self.beaten = self.clock()
@@ -391,6 +398,7 @@ class _Service:
         now = self.clock()
         summary.seconds = now - summary.first_lease_at if summary.first_lease_at is not None else 0.0
         summary.workers = len(self.workers)
+        summary.driver_cpu_seconds, summary.driver_peak_mb = time.process_time() - begun, peak_mb()
         self.folder.remove_attempts(self.ended)
         rows = sum(commit.rows for commit in self.folder.commits())
         if rows != self.plan.data_count:
@@ -479,10 +487,21 @@ def _sign_of_life(leases: dict[str, Lease]) -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "at": time.time(), "in_flight": in_flight}
 
 
+def peak_mb() -> float:
+    """The most memory that this process has held; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return 0.0
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6
+
+
 def totals(folder: RunFolder, summary: Summary) -> Summary:
     """Fill in the counts over all commits."""
-    summary.counts, summary.fields, summary.failed = {}, 0, 0
-    for commit in folder.commits():
+    commits = folder.commits()
+    summary.counts, summary.fields, summary.failed, summary.shards = {}, 0, 0, len(commits)
+    for commit in commits:
         summary.fields += commit.rows
         summary.failed += commit.failed
         for status, count in commit.counts.items():

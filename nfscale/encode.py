@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nfscale import checkpoint
 from nfscale.ahead import ahead
+from nfscale.apart import read_apart
 from nfscale.coordinator import portion
 from nfscale.datasets import Dataset, Datum, seeded_sample
 from nfscale.datasets.base import ids_digest
@@ -141,23 +142,23 @@ def _probed(job: EncodeJob, dataset: Dataset) -> _Probed:
     labels: list[str | int] = []
     reason = ""
     tried = 0
-    for position in _probed_positions(job, dataset):
-        if tried >= _PROBED_DATA and contents:
-            break
-        tried += 1
-        datum = dataset.read(position)
-        if datum.label is not None:
-            labels.append(datum.label)
-        if datum.content is None:
-            reason = f"{datum.id}: {datum.error}"
-        elif len(contents) < _DECIDING_DATA:
-            try:
-                job.build_signal([datum.content]).samples(datum.content)
-                contents.append(datum.content)
-            except ValueError as error:
-                reason = f"{datum.id}: {error}"
-        if len(contents) == _DECIDING_DATA and labels:
-            break
+    with contextlib.closing(read_apart(dataset, _probed_positions(job, dataset))) as coming:
+        for datum in coming:
+            if tried >= _PROBED_DATA and contents:
+                break
+            tried += 1
+            if datum.label is not None:
+                labels.append(datum.label)
+            if datum.content is None:
+                reason = f"{datum.id}: {datum.error}"
+            elif len(contents) < _DECIDING_DATA:
+                try:
+                    job.build_signal([datum.content]).samples(datum.content)
+                    contents.append(datum.content)
+                except ValueError as error:
+                    reason = f"{datum.id}: {error}"
+            if len(contents) == _DECIDING_DATA and labels:
+                break
     if not contents:
         raise CallerError(f"none of {tried} data that were tried can be read; the last of them, {reason}")
     signal = job.build_signal(contents)
@@ -213,6 +214,8 @@ class OpenRun:
         self.signal: Signal = built(SIGNALS, self.plan.forward["signal"])
         self.field: Field = self.job.build_field(self.signal.dimensions, self.signal.channels)
         self.optimizer: Optimizer | Solver = self.job.build_optimizer(self.plan.samples_per_step)
+        self.committed_at: float | None = None
+        """When this process last had rows ready to be committed, by `time.perf_counter`."""
         if self.field.layout != self.plan.layout:
             raise EncodeError("the field of this nfscale has another layout than the run's; use the run's version")
 
@@ -350,6 +353,8 @@ def encode_shard(
     started = time.perf_counter()
     rows: dict[str, Row] = {}
     spent = _Spent()
+    if run.committed_at is not None:
+        spent.seconds["between"] = started - run.committed_at
     former = run.folder.commit_of(shard) if shard.again else None
     kept = run.plan.table_schema().empty_table() if former is None else _ok_rows(run, former)
     begun = None if former is not None else checkpoint.load(run.folder, shard, run.plan.table_schema())
@@ -377,6 +382,7 @@ def encode_shard(
         _write(run, shard, table, name)
         checksum = run.folder.files.sha256(name)
     commit = _commit_of(run, shard, table, name, checksum, attempt, order, worker, started, spent)
+    run.committed_at = time.perf_counter()
     with _output(run, name):
         won = _is_first(run, commit, replaces=former is not None, epoch=epoch)
     if won and former is not None:

@@ -12,6 +12,7 @@ class Deadly:
 
     def __init__(self, count: int, deadly: int, log: str) -> None:
         self._count, self._deadly, self._log = count, deadly, log
+        self.ids = [f"image-{position}" for position in range(count)]
 
     def __len__(self) -> int:
         return self._count

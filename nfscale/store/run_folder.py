@@ -171,7 +171,8 @@ class Commit:
     """Over the rows that were fitted."""
     spent: dict[str, float] = field(default_factory=dict)
     """Parts of `seconds`: optimiser `steps`, `checks` between them, waiting for data that are not read yet
-    (`reading`), `measuring` the rows as readers decode them, `writing` them, and `keeping` checkpoints."""
+    (`reading`), `measuring` the rows as readers decode them, `writing` them, and `keeping` checkpoints. And
+    beside them what passed `between` the rows of the worker's last shard and this one: a commit, a report, a lease."""
 
     @property
     def failed(self) -> int:
