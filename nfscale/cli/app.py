@@ -6,10 +6,13 @@ import sys
 import typer
 
 from nfscale.cli.benchmark import benchmark
+from nfscale.cli.classify import classify
 from nfscale.cli.decode import decode
 from nfscale.cli.diagnose import app as diagnose
 from nfscale.cli.encode import encode
+from nfscale.cli.export import export
 from nfscale.cli.gc import gc
+from nfscale.cli.generate import generate
 from nfscale.cli.review import review
 from nfscale.cli.status import status
 from nfscale.cli.verify import verify
@@ -22,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (encode, status, decode, verify, review, gc):
+for command in (encode, status, decode, verify, review, gc, classify, generate, export):
     app.command()(command)
 app.add_typer(diagnose, name="diagnose")
 # Its arguments are parsed where torch and numpy are all there is.
