@@ -6,11 +6,14 @@ import sys
 import typer
 
 from nfscale.cli.benchmark import benchmark
+from nfscale.cli.classify import classify
 from nfscale.cli.compare import compare
 from nfscale.cli.decode import decode
 from nfscale.cli.diagnose import app as diagnose
 from nfscale.cli.encode import encode
+from nfscale.cli.export import export
 from nfscale.cli.gc import gc
+from nfscale.cli.generate import generate
 from nfscale.cli.review import review
 from nfscale.cli.status import status
 from nfscale.cli.submit import jobs, logs, stop, submit
@@ -24,7 +27,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (encode, status, decode, verify, review, compare, gc, submit, jobs, logs, stop):
+_OF_RUNS = (encode, status, decode, verify, review, compare, gc)
+_OF_CLUSTERS = (submit, jobs, logs, stop)
+_OF_WEIGHTS = (classify, generate, export)
+for command in (*_OF_RUNS, *_OF_CLUSTERS, *_OF_WEIGHTS):
     app.command()(command)
 app.add_typer(diagnose, name="diagnose")
 # Its arguments are parsed where torch and numpy are all there is.

@@ -128,10 +128,12 @@ class Subject:
         run = OpenRun(RunFolder(self.table.folder.files.root))
         try:
             places = self.table.dataset_positions(self.ids)
-            contents = [run.dataset.read(place).content for place in places]
+            data = [run.dataset.read(place) for place in places]
         except (EncodeError, OSError) as error:
             raise CallerError(f"the data of {self.table.folder} cannot be read: {error}") from error
-        return self._as_array([self.table.signal.original(content) for content in contents if content is not None])
+        if gone := [f"{datum.id}: {datum.error}" for datum in data if datum.content is None]:
+            raise CallerError(f"{len(gone)} data of {self.table.folder} cannot be read any more, such as {gone[0]}")
+        return self._as_array([self.table.signal.original(datum.content) for datum in data])
 
     def _as_array(self, contents: Sequence[Any]) -> np.ndarray:
         shapes = {getattr(content, "shape", None) for content in contents}
