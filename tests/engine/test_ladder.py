@@ -94,8 +94,8 @@ def test_what_a_ladder_cannot_be_is_refused_with_the_reason():
     def run(stop: Stop, schedule: Schedule = LADDER):
         fit(FIELD, SIGNAL, DATA, optimizer=Adam(0.01, schedule), stop=stop, seed=SEED)
 
-    with pytest.raises(ValueError, match="first_steps=20 is not a multiple of check_every=7"):
-        run(Stop(80, check_every=7))
+    with pytest.raises(ValueError, match="first_steps=20 is not a multiple of check_every=8"):
+        run(Stop(80, check_every=8))
     with pytest.raises(ValueError, match="plateau_checks take for a plateau; use one of the two"):
         run(Stop(80, check_every=10, plateau_checks=3))
     with pytest.raises(ValueError, match="first_steps is at least 1, got 0"):
