@@ -75,6 +75,34 @@ def test_no_more_workers_are_kept_than_are_of_use_and_none_that_is_at_work_is_le
     assert len(pool._workers) == 4
 
 
+class TaskError(Exception):
+    def __init__(self, cause):
+        self.cause = cause
+
+
+@pytest.mark.parametrize(
+    ("message", "failure", "stays"),
+    [
+        ("CUDA error: an illegal memory access was encountered", Failure.CRASH, False),
+        ("CUDA out of memory. Tried to allocate 2 GiB", Failure.TASK, True),
+        ("a strange datum", Failure.TASK, True),
+    ],
+)
+def test_a_process_that_has_lost_its_gpu_is_replaced(message, failure, stays):
+    pool = pool_on(cpus=1)
+    (worker,) = pool._workers.values()
+
+    def raises(stream):
+        raise TaskError(RuntimeError(message))
+
+    pool._ray.exceptions = SimpleNamespace(RayTaskError=TaskError, RayError=Exception)
+    pool._ray.get = raises
+    worker.starting, worker.lease, worker.stream = None, Lease(0, None, worker.name), iter([object()])
+    event = pool._next_event(worker)
+    assert (event.failure, worker.name in pool._workers) == (failure, stays)
+    assert message in event.message
+
+
 def test_a_worker_on_a_node_that_leaves_gets_no_lease():
     pool = pool_on(cpus=2)
     for worker, node in zip(pool._workers.values(), ("stays", "leaves"), strict=True):
