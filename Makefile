@@ -1,8 +1,10 @@
 # Two commands do everything on a fresh machine: `make encode` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+SEED ?= 0
+MINUTES ?= 10
 
-.PHONY: encode test test-slow lint clean
+.PHONY: encode test test-slow chaos lint clean
 
 encode: .venv/installed  ## encode 1,146 tiles of photographs and show where to look
 	$(BIN)/nfscale encode pipelines/photos.yaml
@@ -12,6 +14,9 @@ test: .venv/installed  ## the tests that CI runs
 
 test-slow: .venv/installed  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+chaos: .venv/installed  ## kill, fill and cut off parts of a Ray cluster for MINUTES, with faults drawn by SEED
+	$(BIN)/python -m tests.chaos.run --seed $(SEED) --minutes $(MINUTES) --json chaos-$(SEED).json
 
 lint: .venv/linted  ## style, formatting, types of the public surface
 	$(BIN)/ruff check .

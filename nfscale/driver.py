@@ -4,20 +4,22 @@ Everything durable is in the run folder, so a driver may die at any moment; the 
 commits and continues. Observers are told what happens and decide for themselves what to do with it.
 """
 
+import math
 import os
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any, Protocol
 
 from nfscale.coordinator import Coordinator, Failure, Lease
 from nfscale.datasets.base import ids_digest
 from nfscale.encode import OpenRun, Progress, ShardReport, calibrate_run, encode_shard, make_plan, new_attempt
-from nfscale.errors import CallerError, EncodeError, ExitCode, OutputError
+from nfscale.errors import CallerError, EncodeError, ExitCode, NfscaleError, OutputError, SupersededError
 from nfscale.files import StoreError
 from nfscale.job import EncodeJob
 from nfscale.store.run_folder import Commit, Plan, RunFolder, Shard
@@ -73,6 +75,14 @@ class Pool(Protocol):
         """What happened, after waiting at most this long for something to happen."""
         ...
 
+    def cancel(self, worker: str) -> None:
+        """End what a worker does, and the worker with it where it cannot be asked to; no event comes of it."""
+        ...
+
+    def want(self, workers: int) -> None:
+        """So many workers would be of use from now on; a pool of a fixed size need not care."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -109,6 +119,7 @@ class InProcessPool:
 
     def poll(self, seconds: float) -> list[Event]:
         if self._lease is None or self._work is None:
+            time.sleep(seconds)  # until what waits may be tried again
             return []
         worker = self._lease.worker
         try:
@@ -121,6 +132,11 @@ class InProcessPool:
         self._lease = None
         return [Succeeded(worker, event)]
 
+    def cancel(self, worker: str) -> None:
+        self._lease = self._work = None
+
+    def want(self, workers: int) -> None: ...
+
     def close(self) -> None:
         self._work = None
 
@@ -128,28 +144,29 @@ class InProcessPool:
 def work_on(run: OpenRun, lease: Lease) -> Iterator[Progress | ShardReport | None]:
     """A worker's whole work on a lease; the last thing it yields is the report (None for the calibration)."""
     if lease.shard is None:
-        calibrate_run(run)
+        calibrate_run(run, lease.crashes)
         yield None
         return
     yield from encode_shard(
         run,
         lease.shard,
-        attempt=new_attempt(),
+        attempt=lease.attempt or new_attempt(),
         order=lease.id,
         worker=lease.worker,
         quarantine=lease.quarantine,
+        epoch=lease.epoch,
     )
 
 
 def failure_of(error: BaseException) -> Failure:
-    """The class of an exception that ended a lease."""
-    return Failure.STORAGE if isinstance(error, OutputError | StoreError) else Failure.TASK
+    """The class of an exception that ended a lease: no other would fare better where the output is lost."""
+    return Failure.STORAGE if isinstance(error, OutputError | StoreError | SupersededError) else Failure.TASK
 
 
 def explained(error: BaseException) -> str:
     """One line about an exception, with its type where the message alone does not say enough."""
     text = " ".join(str(error).split())
-    return text if isinstance(error, (EncodeError, CallerError)) else f"{type(error).__name__}: {text}"[:1000]
+    return text if isinstance(error, NfscaleError) else f"{type(error).__name__}: {text}"[:1000]
 
 
 # --- a run
@@ -175,9 +192,17 @@ class Summary:
     `seconds` times `workers`."""
     tracking: dict[str, float] = field(default_factory=dict)
     """Seconds that MLflow took beside the work, see `Tracker.seconds`."""
+    shards: int = 0
+    """Committed, parts of those that were cut among them."""
+    driver_cpu_seconds: float = 0.0
+    """Of this driver, first lease to last commit; workers have processes of their own but with `workers=0`."""
+    driver_peak_mb: float = 0.0
+    """The most memory that its process has held."""
     first_lease_at: float | None = None
     """By `time.monotonic`."""
     was_complete: bool = False
+    completed: bool = False
+    """This driver has committed the last datum of the run."""
 
     @property
     def fields_per_second(self) -> float:
@@ -216,16 +241,19 @@ def open_run(job: EncodeJob, device: str = "cpu") -> tuple[RunFolder, Plan]:
         raise CallerError(f"cannot write the output {job.output!r}: {error.strerror or error}") from error
 
 
-def remaining(shards: Sequence[Shard], commits: Sequence[Commit]) -> list[Shard]:
-    """What is not committed yet; a shard of which a part is committed stays cut where it was cut."""
+def remaining(shards: Sequence[Shard], commits: Sequence[Commit], cuts: Collection[str] = ()) -> list[Shard]:
+    """What is not committed yet; a shard that was cut, or of which a part is committed, stays cut where it was cut."""
     done = {commit.shard for commit in commits}
+    cut = set(cuts)
+    for name in done:
+        whole, _, part = name.removeprefix("shard-").partition("-")
+        cut.update(f"shard-{whole}" + (f"-{part[:end]}" if end else "") for end in range(len(part)))
     open_shards: list[Shard] = []
 
     def visit(shard: Shard) -> None:
         if shard.name in done:
             return
-        below = f"{shard.name}-" if not shard.part else shard.name
-        if any(name.startswith(below) for name in done):
+        if shard.name in cut:
             for half in shard.halves():
                 visit(half)
         else:
@@ -234,6 +262,44 @@ def remaining(shards: Sequence[Shard], commits: Sequence[Commit]) -> list[Shard]
     for shard in shards:
         visit(shard)
     return open_shards
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of several drivers of a run does: every `of`-th shard, from number `index` on.
+
+    They know nothing of each other: shards are committed put-if-absent, and lease numbers are theirs by the remainder.
+    A driver of the whole run that starts later takes their shares over; two drivers of one share do its work twice.
+    """
+
+    index: int
+    of: int
+
+    @classmethod
+    def parsed(cls, text: str) -> "Share":
+        """`3/16`: the fourth of sixteen.
+
+        Raises:
+            CallerError: if it is none.
+        """
+        index, slash, of = text.partition("/")
+        if not (slash and index.isdecimal() and of.isdecimal() and int(index) < int(of)):
+            raise CallerError(f"--shards {text!r} is no share; write i/n with i from 0 to n - 1, such as 3/16")
+        return cls(int(index), int(of))
+
+    def holds(self, shard: Shard) -> bool:
+        """Whether this shard, or the one that it is a part of, belongs to the share."""
+        return shard.index % self.of == self.index
+
+    def first_lease(self, used: int) -> int:
+        """The first lease number of this share that is not below `used`."""
+        return used + (self.index - used) % self.of
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.of}"
+
+
+_ALL = Share(0, 1)
 
 
 def with_failures(commits: Sequence[Commit]) -> list[Shard]:
@@ -246,74 +312,176 @@ def with_failures(commits: Sequence[Commit]) -> list[Shard]:
 
 
 def serve(
-    folder: RunFolder, plan: Plan, pool: Pool, observers: Sequence[Observer], retry_failed: bool = False
+    folder: RunFolder,
+    plan: Plan,
+    pool: Pool,
+    observers: Sequence[Observer],
+    retry_failed: bool = False,
+    share: Share | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Summary:
-    """Give out leases until every datum has a committed row.
+    """Give out leases until every datum has a committed row, or every one of the share.
 
     Args:
         retry_failed: fit the data anew whose committed rows have failed, beside what has no row yet.
+        share: do these shards alone, beside drivers of other shares; without, take the run over from all others.
+        clock: seconds.
 
     Raises:
         EncodeError: if the run cannot go on; what is committed stays.
+        SupersededError: if another driver has taken over.
     """
+    epoch = folder.take_over() if share is None else folder.epoch
+    name = None if share is None else str(share)
     try:
-        return _serve(folder, plan, pool, observers, retry_failed)
-    finally:
-        folder.driver_left()
-
-
-def _serve(folder: RunFolder, plan: Plan, pool: Pool, observers: Sequence[Observer], retry_failed: bool) -> Summary:
-    commits = folder.commits()
-    job = EncodeJob.model_validate(plan.job)
-    again = with_failures(commits) if retry_failed else []
-    coordinator = Coordinator(
-        remaining(plan.shards(), commits) + again,
-        calibrate=job.needs_calibration and not folder.has_calibration,
-        first_lease=max((commit.order for commit in commits), default=-1) + 1,
-    )
-    summary = Summary(str(folder), job.name)
-    workers: set[str] = set()
-    leases: dict[str, Lease] = {}
-    beaten = 0.0
-    while not coordinator.finished:
-        if time.monotonic() - beaten > BEAT_SECONDS:
-            beaten = time.monotonic()
-            folder.beat(_sign_of_life(leases))
-        if coordinator.fatal:
-            raise EncodeError(coordinator.fatal)
-        for worker in pool.idle():
-            if lease := coordinator.lease(worker):
-                summary.first_lease_at = summary.first_lease_at or time.monotonic()
-                leases[worker] = lease
-                workers.add(worker)
-                pool.start(lease)
-        for event in pool.poll(_POLL_SECONDS):
-            match event:
-                case Advanced(_, progress):
-                    for observer in observers:
-                        observer.on_progress(progress)
-                case Succeeded(worker, report):
-                    coordinator.succeeded(leases.pop(worker))
-                    if report is None:
-                        summary.spent["calibration"] = time.monotonic() - (summary.first_lease_at or 0.0)
-                    if report is not None and report.won:
-                        summary.fitted_here += report.commit.rows
-                        for what, seconds in report.commit.spent.items():
-                            summary.spent[what] = summary.spent.get(what, 0.0) + seconds
-                        for observer in observers:
-                            observer.on_commit(report.commit)
-                case Failed(worker, failure, message):
-                    if lease := leases.pop(worker, None):
-                        coordinator.failed(lease, failure, message)
-        for observer in observers:
-            observer.on_tick()
-    summary.seconds = time.monotonic() - summary.first_lease_at if summary.first_lease_at else 0.0
-    summary.workers = len(workers)
-    rows = sum(commit.rows for commit in folder.commits())
-    if rows != plan.data_count:
-        raise EncodeError(f"the commits hold {rows} rows of {plan.data_count} data; `nfscale verify` says which")
-    folder.finish(rows)
+        summary = _Service(folder, plan, pool, observers, retry_failed, share, epoch, clock).run()
+    except SupersededError:
+        raise  # what says that a driver runs is the other's by now
+    except BaseException:
+        folder.driver_left(name)
+        raise
+    folder.driver_left(name)
     return summary
+
+
+class _Service:
+    """A driver at work."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        plan: Plan,
+        pool: Pool,
+        observers: Sequence[Observer],
+        retry_failed: bool,
+        share: Share | None,
+        epoch: int | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self.folder, self.plan, self.pool, self.observers = folder, plan, pool, observers
+        self.share, self.epoch, self.clock = share, epoch, clock
+        ours = share or _ALL
+        job = EncodeJob.model_validate(plan.job)
+        commits, cuts = folder.commits_and_cuts()
+        again = with_failures(commits) if retry_failed else []
+        self.coordinator = Coordinator(
+            filter(ours.holds, remaining(plan.shards(), commits, cuts) + again),
+            calibrate=job.needs_calibration and not folder.has_calibration,
+            first_lease=ours.first_lease(max((commit.order for commit in commits), default=-1) + 1),
+            lease_stride=ours.of,
+            epoch=epoch,
+        )
+        self.summary = Summary(str(folder), job.name)
+        self.leases: dict[str, Lease] = {}
+        """By worker."""
+        self.ended: list[str] = []
+        """Attempts that this driver has ended."""
+        self.workers: set[str] = set()
+        self.beaten = -math.inf
+
+    def run(self) -> Summary:
+        coordinator, summary, begun = self.coordinator, self.summary, time.process_time()
+        while not coordinator.finished:
+            if self.clock() - self.beaten > BEAT_SECONDS:
+                self.beaten = self.clock()
+                self._beat()
+            if coordinator.fatal:
+                self._refuse_superseded()
+                raise EncodeError(coordinator.fatal)
+            self._cut()
+            self.pool.want(coordinator.wanted)
+            self._lease()
+            for event in self.pool.poll(_POLL_SECONDS):
+                self._hear(event)
+            for lease in coordinator.given_up():
+                self._end(lease)
+            for observer in self.observers:
+                observer.on_tick()
+        now = self.clock()
+        summary.seconds = now - summary.first_lease_at if summary.first_lease_at is not None else 0.0
+        summary.workers = len(self.workers)
+        summary.driver_cpu_seconds, summary.driver_peak_mb = time.process_time() - begun, peak_mb()
+        self.folder.remove_attempts(self.ended)
+        rows = sum(commit.rows for commit in self.folder.commits())
+        if rows != self.plan.data_count:
+            if self.share is not None and not self._left_over():
+                return summary  # the others are at work
+            raise EncodeError(
+                f"the commits hold {rows} rows of {self.plan.data_count} data; `nfscale verify` says which"
+            )
+        summary.completed = self.folder.finish(rows)
+        return summary
+
+    def _left_over(self) -> list[Shard]:
+        """Shards that should be committed by now, and are not."""
+        commits, cuts = self.folder.commits_and_cuts()
+        return list(filter((self.share or _ALL).holds, remaining(self.plan.shards(), commits, cuts)))
+
+    def _refuse_superseded(self) -> None:
+        if self.epoch is not None:
+            self.folder.refuse_superseded(self.epoch)
+
+    def _beat(self) -> None:
+        """Say that this driver lives, and end the workers that do not."""
+        self._refuse_superseded()
+        self.folder.beat(_sign_of_life(self.leases), self.share and str(self.share))
+        for lease in self.coordinator.expired(self.clock()):
+            self._end(lease)
+            self.coordinator.failed(lease, Failure.CRASH, "no sign of progress for too long", self.clock())
+
+    def _end(self, lease: Lease) -> None:
+        """End an attempt from outside."""
+        if (known := self.leases.get(lease.worker)) is None or known.id != lease.id:
+            return
+        del self.leases[lease.worker]
+        self.ended.append(known.attempt)
+        self.pool.cancel(lease.worker)
+
+    def _cut(self) -> None:
+        while cuts := self.coordinator.cuts:
+            self._refuse_superseded()
+            for shard in cuts:
+                (self.coordinator.cut if self.folder.cut(shard) else self.coordinator.committed)(shard)
+
+    def _lease(self) -> None:
+        for worker in self.pool.idle():
+            if (lease := self.coordinator.lease(worker, self.clock())) is None:
+                return
+            if self.summary.first_lease_at is None:
+                self.summary.first_lease_at = self.clock()
+            self.leases[worker] = replace(lease, attempt=new_attempt())
+            self.workers.add(worker)
+            self.pool.start(self.leases[worker])
+
+    def _hear(self, event: Event) -> None:
+        now = self.clock()
+        match event:
+            case Advanced(worker, progress):
+                if lease := self.leases.get(worker):
+                    self.coordinator.progressed(lease, now)
+                for observer in self.observers:
+                    observer.on_progress(progress)
+            case Succeeded(worker, report):
+                if lease := self.leases.pop(worker, None):
+                    self._succeeded(lease, report, now)
+            case Failed(worker, failure, message):
+                if lease := self.leases.pop(worker, None):
+                    self.coordinator.failed(lease, failure, message, now)
+
+    def _succeeded(self, lease: Lease, report: ShardReport | None, now: float) -> None:
+        if report is not None and report.cut:
+            self.coordinator.was_cut(lease)
+            return
+        self.coordinator.succeeded(lease, now)
+        spent = self.summary.spent
+        if report is None:
+            spent["calibration"] = now - (self.summary.first_lease_at or 0.0)
+        elif report.won:
+            self.summary.fitted_here += report.commit.rows
+            for what, seconds in report.commit.spent.items():
+                spent[what] = spent.get(what, 0.0) + seconds
+            for observer in self.observers:
+                observer.on_commit(report.commit)
 
 
 def _sign_of_life(leases: dict[str, Lease]) -> dict[str, Any]:
@@ -321,10 +489,21 @@ def _sign_of_life(leases: dict[str, Lease]) -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "at": time.time(), "in_flight": in_flight}
 
 
+def peak_mb() -> float:
+    """The most memory that this process has held; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return 0.0
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6
+
+
 def totals(folder: RunFolder, summary: Summary) -> Summary:
     """Fill in the counts over all commits."""
-    summary.counts, summary.fields, summary.failed = {}, 0, 0
-    for commit in folder.commits():
+    commits = folder.commits()
+    summary.counts, summary.fields, summary.failed, summary.shards = {}, 0, 0, len(commits)
+    for commit in commits:
         summary.fields += commit.rows
         summary.failed += commit.failed
         for status, count in commit.counts.items():

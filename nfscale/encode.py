@@ -11,25 +11,31 @@ import platform
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from nfscale import checkpoint
 from nfscale.ahead import ahead
+from nfscale.apart import read_apart
+from nfscale.coordinator import portion
 from nfscale.datasets import Dataset, Datum, seeded_sample
 from nfscale.datasets.base import ids_digest
-from nfscale.engine import Calibration, Check, Fitted, calibrate, fit
+from nfscale.datasets.tiled import PROBED_BLOCKS, Tiled
+from nfscale.engine import Calibration, Check, Fitted, LearnedStart, Snapshot, calibrate, fit_and_checks, learn_start
 from nfscale.engine.dispatch import StepName, chosen
 from nfscale.engine.loop import SELECTS_WITHOUT_CHECK
+from nfscale.engine.sampling import DRAWN_IN_FULL
 from nfscale.engine.step import evaluate, predicted_at, stack_samples
-from nfscale.errors import CallerError, EncodeError, OutputError
+from nfscale.errors import CallerError, EncodeError, OutputError, SupersededError
 from nfscale.fields import Field, theta0_of
 from nfscale.job import FORMAT_VERSION, EncodeJob
 from nfscale.media import MEDIA, Medium
@@ -46,6 +52,7 @@ _ASSUMED_FLOPS = {"cpu": 20e9, "cuda": 10e12}  # useful rate of one worker; only
 _SHARD_FIELDS = {"cpu": (4, 4096), "cuda": (64, 4096)}  # fewer would leave a batch half empty
 _MINIMUM_SHARDS = 8
 _REPORT_SECONDS = 0.5  # between two reports of progress: a message per field would cost more than it tells
+_BEAT_SECONDS = 5.0  # where there is none
 _MEASURED_TOGETHER = 16  # fields: their samples are held that long
 _PROBED_DATA = 100  # data tried until enough are readable to decide what the signal leaves open
 _DECIDING_DATA = 8  # readable ones that decide it: reading them is all that a plan costs
@@ -66,6 +73,8 @@ class ShardReport:
     commit: Commit
     won: bool
     """False if another attempt had committed before; its rows count, these are gone."""
+    cut: bool = False
+    """Not won, because another driver had cut the shard: its parts are what can be committed."""
 
 
 # --- the plan
@@ -77,23 +86,32 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
     Raises:
         CallerError: if the dataset is empty or none of its first data can be read.
     """
-    dataset = job.open_dataset()
-    if not dataset.ids:
+    data = job.open_dataset()
+    if not data.ids:
         raise CallerError("the dataset is empty")
+    digest, blocks = ids_digest(data.ids), job.counted_blocks(data)
+    dataset = job.blocks_of(data, blocks)
     probed = _probed(job, dataset)
-    signal, digest = probed.signal, ids_digest(dataset.ids)
+    signal = probed.signal
     fingerprint = job.fingerprint(digest)
     job = job.settled(signal, probed.contents)
     field = job.build_field(signal.dimensions, signal.channels)
     samples = signal.samples(probed.contents[0])
     if job.fit.sampling == "error" and samples.check is not None:
         raise CallerError(f"fit.{SELECTS_WITHOUT_CHECK}")
-    available = len(samples.values)
+    if job.fit.samples == "full" and samples.source is not None:
+        raise CallerError(f"fit.{DRAWN_IN_FULL}")
+    available = samples.count
     per_step = available if job.fit.samples == "full" else min(job.fit.samples, available)
     optimizer = job.build_optimizer(per_step)
     if isinstance(optimizer, Solver) and (why := optimizer.too_large(field.layout.size, per_step * signal.channels)):
         raise CallerError(f"optimizer.kind={job.optimizer.kind} cannot be used: {why}")
-    theta0 = theta0_of(field, job.seed).numpy() if job.field.init == "shared" else None
+    theta0, learned = None, {}
+    if job.field.init == "learned":
+        start = _learned_start(job, dataset, signal, field, per_step)
+        theta0, learned = start.theta0.numpy(), start.figures()
+    elif job.field.init == "shared":
+        theta0 = theta0_of(field, job.seed).numpy()
     positions: list[int] = []
     if job.needs_calibration:
         wanted = job.optimizer.calibration_data
@@ -108,12 +126,46 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
         samples_per_step=per_step,
         shard_fields=_shard_fields(job, field, per_step * signal.points_per_sample, len(dataset.ids), device),
         layout=field.layout,
-        forward={"field": field.forward_description(), "signal": signal.forward_description()},
+        forward={"field": field.forward_description(), "signal": signal.forward_description()} | job.tile_description(),
         theta0=theta0,
         calibration_positions=tuple(positions),
+        blocks=blocks,
+        learned=learned,
         versions=_versions(),
         format=FORMAT_VERSION,
     )
+
+
+def _learned_start(job: EncodeJob, dataset: Dataset, signal: Signal, field: Field, per_step: int) -> LearnedStart:
+    """theta0 from a sample of the dataset; a resume finds it in the plan.
+
+    Raises:
+        CallerError: if the dataset is smaller than the sample, or nothing was learned.
+    """
+    learner = job.build_learner()
+    if len(dataset.ids) < learner.data:
+        raise CallerError(
+            f"field.init=learned learns from learning.data={learner.data} data, and the dataset has "
+            f"{len(dataset.ids)}; use learning.data={len(dataset.ids)}, a larger dataset or field.init=shared"
+        )
+    positions = seeded_sample(dataset.ids, 4 * learner.data, job.seed, "learning")
+    data = _samples_of_one_kind(dataset, signal, positions, learner.data, job.fit.samples == "full")
+    if not data:
+        raise CallerError("field.init=learned: none of the data drawn to learn from can be read; use field.init=shared")
+    try:
+        return learn_start(
+            field,
+            signal,
+            data,
+            learner=learner,
+            learning_rate=job.learning_rate_of_adam(per_step),
+            seed=job.seed,
+            samples=job.fit.samples,
+            sampling=job.fit.sampling,
+            step=job.fit.step,
+        )
+    except ValueError as error:
+        raise CallerError(f"field.init=learned: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -135,23 +187,24 @@ def _probed(job: EncodeJob, dataset: Dataset) -> _Probed:
     labels: list[str | int] = []
     reason = ""
     tried = 0
-    for position in _probed_positions(job, dataset):
-        if tried >= _PROBED_DATA and contents:
-            break
-        tried += 1
-        datum = dataset.read(position)
-        if datum.label is not None:
-            labels.append(datum.label)
-        if datum.content is None:
-            reason = f"{datum.id}: {datum.error}"
-        elif len(contents) < _DECIDING_DATA:
-            try:
-                job.build_signal([datum.content]).samples(datum.content)
-                contents.append(datum.content)
-            except ValueError as error:
-                reason = f"{datum.id}: {error}"
-        if len(contents) == _DECIDING_DATA and labels:
-            break
+    deciding = PROBED_BLOCKS if isinstance(dataset, Tiled) else _DECIDING_DATA
+    with contextlib.closing(read_apart(dataset, _probed_positions(job, dataset))) as coming:
+        for datum in coming:
+            if tried >= _PROBED_DATA and contents:
+                break
+            tried += 1
+            if datum.label is not None:
+                labels.append(datum.label)
+            if datum.content is None:
+                reason = f"{datum.id}: {datum.error}"
+            elif len(contents) < deciding:
+                try:
+                    job.build_signal([datum.content]).samples(datum.content)
+                    contents.append(datum.content)
+                except ValueError as error:
+                    reason = f"{datum.id}: {error}"
+            if len(contents) == deciding and labels:
+                break
     if not contents:
         raise CallerError(f"none of {tried} data that were tried can be read; the last of them, {reason}")
     signal = job.build_signal(contents)
@@ -160,6 +213,8 @@ def _probed(job: EncodeJob, dataset: Dataset) -> _Probed:
 
 
 def _probed_positions(job: EncodeJob, dataset: Dataset) -> Iterator[int]:
+    if isinstance(dataset, Tiled):
+        yield from dataset.probe_positions()
     first = min(_PROBED_DATA, len(dataset.ids))
     yield from range(first)
     if first < len(dataset.ids):
@@ -207,6 +262,8 @@ class OpenRun:
         self.signal: Signal = built(SIGNALS, self.plan.forward["signal"])
         self.field: Field = self.job.build_field(self.signal.dimensions, self.signal.channels)
         self.optimizer: Optimizer | Solver = self.job.build_optimizer(self.plan.samples_per_step)
+        self.committed_at: float | None = None
+        """When this process last had rows ready to be committed, by `time.perf_counter`."""
         if self.field.layout != self.plan.layout:
             raise EncodeError("the field of this nfscale has another layout than the run's; use the run's version")
 
@@ -228,13 +285,14 @@ class OpenRun:
         Raises:
             EncodeError: if they are others by now.
         """
-        dataset = self.job.open_dataset()
-        if ids_digest(dataset.ids) != self.plan.ids_sha256:
+        data, blocks = self.job.open_dataset(), self.plan.blocks
+        if ids_digest(data.ids) != self.plan.ids_sha256:
+            then = self.plan.data_count if blocks is None else sum(times for times, _ in blocks)
             raise EncodeError(
-                f"the dataset has other ids than when the run was planned ({len(dataset.ids)} data now, "
-                f"{self.plan.data_count} then); data were added, removed or renamed: restore them, or use a new output"
+                f"the dataset has other ids than when the run was planned ({len(data.ids)} data now, "
+                f"{then} then); data were added, removed or renamed: restore them, or use a new output"
             )
-        return dataset
+        return self.job.blocks_of(data, blocks)
 
     @property
     def theta0(self) -> Tensor | None:
@@ -250,8 +308,11 @@ class OpenRun:
         return Calibration(torch.from_numpy(diagonal.copy()), torch.from_numpy(step_rms.copy()), every)
 
 
-def calibrate_run(run: OpenRun) -> None:
+def calibrate_run(run: OpenRun, crashes: int = 0) -> None:
     """Estimate what the fields share and store it, put-if-absent: the first lease of a run.
+
+    Args:
+        crashes: how many attempts have killed their worker, see `nfscale.coordinator.portion`.
 
     Raises:
         EncodeError: if too few data of the calibration sample can be read.
@@ -259,7 +320,7 @@ def calibrate_run(run: OpenRun) -> None:
     calibration = calibrate(
         run.field,
         run.signal,
-        _calibration_samples(run),
+        _calibration_samples(run, crashes),
         optimizer=run.optimizer,  # type: ignore[arg-type] (the job refuses other kinds)
         stop=run.job.fit.stop(),
         seed=run.job.seed,
@@ -277,30 +338,44 @@ def calibrate_run(run: OpenRun) -> None:
     run.folder.write_calibration(steps, calibration.step_rms.numpy(), calibration.diagonal.numpy())
 
 
-def _calibration_samples(run: OpenRun) -> list[tuple[str, Samples]]:
-    """The first `calibration_data` readable data of one kind, or all of the commonest kind."""
+def _calibration_samples(run: OpenRun, crashes: int) -> list[tuple[str, Samples]]:
+    """Of the calibration; see `_samples_of_one_kind`."""
     wanted = run.job.optimizer.calibration_data
+    positions = portion(run.plan.calibration_positions, crashes)
+    data = _samples_of_one_kind(run.dataset, run.signal, positions, wanted, run.job.fit.samples == "full")
+    if not data:
+        raise EncodeError("none of the data drawn for the calibration can be read; see `nfscale status` after a fit")
+    return data
+
+
+def _samples_of_one_kind(
+    dataset: Dataset, signal: Signal, positions: Sequence[int], wanted: int, in_full: bool
+) -> list[tuple[str, Samples]]:
+    """The first `wanted` readable data of one kind at these positions, or all of the commonest kind."""
     by_kind: dict[Kind, list[tuple[str, Samples]]] = {}
-    for position in run.plan.calibration_positions:
-        datum = run.dataset.read(position)
-        prepared = _prepared(run.signal, datum)
+    for position in positions:
+        datum = dataset.read(position)
+        prepared = _prepared(signal, datum, in_full)
         if isinstance(prepared, Samples):
             prepared = replace(prepared, heldout=None)
             group = by_kind.setdefault(prepared.kind, [])
             group.append((datum.id, prepared))
             if len(group) == wanted:
                 return group
-    if not by_kind:
-        raise EncodeError("none of the data drawn for the calibration can be read; see `nfscale status` after a fit")
-    return max(by_kind.values(), key=len)
+    return max(by_kind.values(), key=len, default=[])
 
 
-def _prepared(signal: Signal, datum: Datum) -> Samples | str:
-    """A datum's samples, or the reason why it has none."""
+def _prepared(signal: Signal, datum: Datum, in_full: bool) -> Samples | str:
+    """A datum's samples, or the reason why it has none.
+
+    Args:
+        in_full: every step takes all of them.
+    """
     if datum.content is None:
         return datum.error or "unreadable"
     try:
-        return signal.samples(datum.content)
+        samples = signal.samples(datum.content)
+        return f"fit.{DRAWN_IN_FULL}" if in_full and samples.source is not None else samples
     except ValueError as error:
         return str(error)
     except MemoryError:
@@ -315,7 +390,14 @@ def _described(content: Any) -> str:
 
 
 def encode_shard(
-    run: OpenRun, shard: Shard, *, attempt: str, order: int, worker: str, quarantine: str | None = None
+    run: OpenRun,
+    shard: Shard,
+    *,
+    attempt: str,
+    order: int,
+    worker: str,
+    quarantine: str | None = None,
+    epoch: int | None = None,
 ) -> Iterator[Progress | ShardReport]:
     """Fit the data of a shard, write their rows and commit them; the report comes last.
 
@@ -325,18 +407,26 @@ def encode_shard(
         attempt: names this attempt's file.
         order: the rank of this lease.
         quarantine: write the rows as `crashed` with this reason, without fitting.
+        epoch: commit only while no driver of a later one has taken over.
 
     Raises:
         EncodeError: if the rows that were written are not the rows that are read back.
+        SupersededError: if another driver has taken over.
     """
     started = time.perf_counter()
     rows: dict[str, Row] = {}
     spent = _Spent()
+    if run.committed_at is not None:
+        spent.seconds["between"] = started - run.committed_at
     former = run.folder.commit_of(shard) if shard.again else None
-    kept = None if former is None else _ok_rows(run, former)
-    known = set() if kept is None else set(kept["datum_id"].to_pylist())
+    kept = run.plan.table_schema().empty_table() if former is None else _ok_rows(run, former)
+    begun = None if former is not None else checkpoint.load(run.folder, shard, run.plan.table_schema())
+    if begun is not None:
+        kept = begun.finished.filter(pc.field("datum_id").isin(list(run.dataset.ids[shard.start : shard.stop])))
+    known = set(kept["datum_id"].to_pylist())
     if quarantine is None:
-        for finished in _fitted(run, shard, attempt, rows, known, spent):
+        resume = None if begun is None else begun.under_way
+        for finished in _fitted(run, shard, attempt, rows, kept, resume, spent):
             yield Progress(shard.name, [f.quality for f in finished])
     else:
         for position in range(shard.start, shard.stop):
@@ -349,19 +439,34 @@ def encode_shard(
     name = run.folder.data_file(shard, attempt)
     with spent.on("writing"):
         table = to_table(list(rows.values()), run.plan.table_schema(), run.plan.theta0)
-        if kept is not None:
+        if len(kept):
             table = pa.concat_tables([kept, table], promote_options="none")
         table = table.sort_by("index")
         _write(run, shard, table, name)
         checksum = run.folder.files.sha256(name)
     commit = _commit_of(run, shard, table, name, checksum, attempt, order, worker, started, spent)
+    run.committed_at = time.perf_counter()
     with _output(run, name):
-        won = run.folder.commit(commit) if former is None else run.folder.recommit(commit)
-    if not won:
-        run.folder.files.remove(name)
-    elif former is not None:
+        won = _is_first(run, commit, replaces=former is not None, epoch=epoch)
+    if won and former is not None:
         run.folder.files.remove(former.file)
-    yield ShardReport(commit, won)
+    if begun is not None or spent.seconds["keeping"]:
+        run.folder.files.remove(run.folder.checkpoint_file(shard))
+    yield ShardReport(commit, won, cut=not won and run.folder.is_cut(shard))
+
+
+def _is_first(run: OpenRun, commit: Commit, replaces: bool, epoch: int | None) -> bool:
+    """Commit, unless another attempt or another driver came before; then remove the file."""
+    try:
+        if epoch is not None:
+            run.folder.refuse_superseded(epoch)
+    except SupersededError:
+        run.folder.files.remove(commit.file)
+        raise
+    won = run.folder.recommit(commit) if replaces else run.folder.commit(commit)
+    if not won:
+        run.folder.files.remove(commit.file)
+    return won
 
 
 class _Spent:
@@ -412,21 +517,31 @@ def _read(run: OpenRun, shard: Shard, attempt: str, known: set[str]) -> Generato
         seed = datum_seed(run.job.seed, datum.id)
         label = _label(datum, run.plan.label_type)
         row = Row(datum.id, datum.index, "decode_error", shard.index, attempt, seed, datum.split, label)
-        prepared = _prepared(run.signal, datum)
+        prepared = _prepared(run.signal, datum, run.job.fit.samples == "full")
         if isinstance(prepared, str):
             row.reason = prepared
             yield _Read(row)
             continue
-        row.metrics = run.signal.measures(datum.content)
+        row.metrics = run.signal.measures(datum.content) | datum.metrics
         if datum.repeat:
             row.metrics["repeat"] = float(datum.repeat)
         yield _Read(row, datum.content, prepared)
 
 
 def _fitted(
-    run: OpenRun, shard: Shard, attempt: str, rows: dict[str, Row], known: set[str], spent: _Spent
+    run: OpenRun,
+    shard: Shard,
+    attempt: str,
+    rows: dict[str, Row],
+    kept: pa.Table,
+    resume: Snapshot | None,
+    spent: _Spent,
 ) -> Iterator[list[Fitted]]:
-    """Fit the shard but for the `known` data, filling `rows`; yields the fields that finished since it last did."""
+    """Fit the shard but for the data whose rows are `kept`, filling `rows`.
+
+    Yields the fields that finished since it last did; none, now and then, while all of them take long.
+    """
+    known = set(kept["datum_id"].to_pylist())
     in_work: dict[str, tuple[Any, Samples]] = {}
 
     def data() -> Iterator[tuple[str, Samples]]:
@@ -445,7 +560,7 @@ def _fitted(
 
     job = run.job
     theta0 = run.theta0
-    fields = fit(
+    events = fit_and_checks(
         run.field,
         run.signal,
         data(),
@@ -459,25 +574,39 @@ def _fitted(
         batch=job.fit.batch,
         step=job.fit.step,
         clock=time.perf_counter,
-        observe=spent.on_check,
+        resume=resume,
     )
     together: list[Fitted] = []
     unmeasured: list[Row] = []
-    reported = time.perf_counter()
+    reported = saved = time.perf_counter()
 
     def measure() -> None:
         with spent.on("measuring"):
             _measure(run, [(row, *in_work.pop(row.datum_id)) for row in unmeasured])
         unmeasured.clear()
 
-    for fitted in fields:
-        row = rows[fitted.id]
-        _fill(row, fitted)
-        together.append(fitted)
-        unmeasured.append(row)
-        if len(unmeasured) == _MEASURED_TOGETHER:
-            measure()
-        if time.perf_counter() - reported > _REPORT_SECONDS:
+    def save(under_way: Snapshot) -> None:
+        measure()
+        with spent.on("keeping"), _output(run, run.folder.checkpoint_file(shard)):
+            done = [row for row in rows.values() if row.weights is not None]
+            table = to_table(done, run.plan.table_schema(), run.plan.theta0)
+            table = pa.concat_tables([kept, table], promote_options="none")
+            checkpoint.save(run.folder, shard, checkpoint.Checkpoint(table, under_way))
+
+    for event in events:
+        if isinstance(event, Fitted):
+            row = rows[event.id]
+            _fill(row, event)
+            together.append(event)
+            unmeasured.append(row)
+            if len(unmeasured) == _MEASURED_TOGETHER:
+                measure()
+        else:
+            spent.on_check(event)
+            if time.perf_counter() - saved > 60 * job.checkpoint_minutes and event.snapshot is not None:
+                save(event.snapshot())
+                saved = time.perf_counter()
+        if time.perf_counter() - reported > (_REPORT_SECONDS if together else _BEAT_SECONDS):
             yield together
             together, reported = [], time.perf_counter()
     measure()
@@ -509,6 +638,8 @@ def _measure(run: OpenRun, data: list[tuple[Row, Any, Samples]]) -> None:
     by_shape: dict[tuple[Any, ...], list[tuple[Row, Any]]] = {}
     for row, content, samples in data:
         by_kind.setdefault(samples.kind, []).append((row, samples))
+        if samples.source is not None:  # more than is decoded at once
+            continue
         original = run.signal.original(content)
         if run.medium.measurable(original):
             by_shape.setdefault(run.signal.shape_of(row.metrics), []).append((row, original))

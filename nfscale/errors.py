@@ -41,6 +41,12 @@ class OutputError(EncodeError):
     """The output cannot be written: a full disk, a lost permission."""
 
 
+class SupersededError(NfscaleError):
+    """Another driver took over the run; it continues where this one ends."""
+
+    exit_code = ExitCode.SUPERSEDED
+
+
 class MismatchError(NfscaleError):
     """What is stored is not what was committed."""
 

@@ -24,11 +24,15 @@ from pydantic import (
     PositiveInt,
     ValidationError,
     create_model,
+    field_validator,
     model_validator,
 )
 
 from nfscale.datasets import DATASETS
 from nfscale.datasets.base import Dataset, Opener, Repeated, open_limited
+from nfscale.datasets.tiled import Runs, Tiled, counted
+from nfscale.engine.learned import LEARNERS
+from nfscale.engine.loop import LADDER_IS_NO_PLATEAU
 from nfscale.engine.problem import unsolvable
 from nfscale.engine.result import Stop
 from nfscale.engine.sampling import Sampling
@@ -39,14 +43,18 @@ from nfscale.optim import (
     METHODS,
     OPTIMIZERS,
     SCHEDULES,
+    SOLVERS,
+    Adam,
     Automatic,
     Circumstances,
     Regularized,
     Schedule,
+    Scheduled,
     Solver,
     automatic_kind,
 )
 from nfscale.signals import SIGNALS, samples_per_axis
+from nfscale.signals.tiles import Gridded, Tile
 from nfscale.store.schema import StoreDtype
 
 FORMAT_VERSION = 1
@@ -78,12 +86,31 @@ class SignalSection(_Section):
 
     channels: PositiveInt | Literal["auto"] = "auto"
     """auto: the first readable datum decides."""
+    tile: Tile | None = None
+    """Cut data into blocks that overlap, each a field of its own, which `nfscale decode` blends: the size along all
+    axes or along each (256, 64x64; of sounds in seconds), or {size: 256, overlap: 16}. Of image, audio, video, volume.
+    """
+
+    @field_validator("tile", mode="before")
+    @classmethod
+    def _parsed_tile(cls, given: Any) -> Tile | None:
+        signal = SIGNALS[cls.model_fields["kind"].default]
+        if given is not None and not issubclass(signal, Gridded):
+            cut = ", ".join(sorted(kind for kind, one in SIGNALS.items() if issubclass(one, Gridded)))
+            raise ValueError(f"such data are no grids that can be cut into blocks; those of {cut} are")
+        return None if given is None else Tile.parsed(given, signal.grid_axes, signal.whole_cells)
 
 
 class FieldSection(_Section):
     """Keys of every field kind."""
 
-    init: Literal["shared", "per_datum"] = "shared"
+    init: Literal["shared", "learned", "per_datum"] = "shared"
+    """shared: all fields start from one draw; learned: from what the section `learning` makes of it; per_datum: each
+    from its own."""
+
+
+class LearningSection(_Section):
+    """Keys of every kind of learning, see `nfscale.engine.learned`; without effect but for field.init=learned."""
 
 
 class RateSection(_Section):
@@ -119,6 +146,9 @@ class FitSection(_Section):
     plateau_checks: PositiveInt | None = None
     plateau_gain: float = 0.1
     max_restarts: NonNegativeInt = 3
+    first_steps: PositiveInt | None = None
+    """A ladder of budgets: the schedule ends after so many steps, and a field that has missed its target goes on from
+    its best params with the rest of one of twice the length, and so on up to `max_steps`. null: one of `max_steps`."""
     batch: PositiveInt | Literal["auto"] = "auto"
     step: Literal["auto", "plain", "torch", "native", "fused"] = "auto"
     """plain: autograd; torch: without autograd; native: C++, on a CPU; fused: Triton, on a GPU; auto: the fastest that
@@ -127,6 +157,14 @@ class FitSection(_Section):
     @model_validator(mode="after")
     def _cadence_fits(self) -> "FitSection":
         self.stop()
+        if self.first_steps is not None:
+            if self.first_steps % self.check_every:
+                raise ValueError(
+                    f"first_steps={self.first_steps} is not a multiple of check_every={self.check_every}; "
+                    "a budget ends at a check"
+                )
+            if self.plateau_checks is not None:
+                raise ValueError(LADDER_IS_NO_PLATEAU)
         if self.sampling == "error" and self.samples == "full":
             raise ValueError(
                 "fit.sampling=error chooses what a step takes, and fit.samples=full takes all; give a number"
@@ -193,9 +231,16 @@ _SignalKeys = _union(SignalSection, SIGNALS)
 _FieldKeys = _union(FieldSection, FIELDS)
 _OPTIMIZERS: dict[str, type] = METHODS | {"auto": Automatic}
 _OptimizerKeys = _union(OptimizerSection, _OPTIMIZERS)
-_KINDS = {"dataset": DATASETS, "signal": SIGNALS, "field": FIELDS, "optimizer": _OPTIMIZERS}
+_LearningKeys = _union(LearningSection, LEARNERS)
+_KINDS = {
+    "dataset": DATASETS,
+    "signal": SIGNALS,
+    "field": FIELDS,
+    "learning": LEARNERS,
+    "optimizer": _OPTIMIZERS,
+}
 _POSSIBLE_CHANNELS = (1, 2, 3, 4)
-_DEFAULT_KIND = {"signal": "image", "field": "mlp", "optimizer": "esgd"}
+_DEFAULT_KIND = {"signal": "image", "field": "mlp", "learning": "reptile", "optimizer": "esgd"}
 
 
 class EncodeJob(_Section):
@@ -205,14 +250,19 @@ class EncodeJob(_Section):
     dataset: _DatasetKeys  # type: ignore[valid-type]
     signal: _SignalKeys  # type: ignore[valid-type]
     field: _FieldKeys  # type: ignore[valid-type]
+    learning: _LearningKeys = Field(default={"kind": "reptile"}, validate_default=True)  # type: ignore[valid-type]
     optimizer: _OptimizerKeys  # type: ignore[valid-type]
     fit: FitSection = FitSection()
     store: StoreSection = StoreSection()
     track: TrackSection = TrackSection()
     workers: NonNegativeInt | Literal["auto"] = "auto"
+    """0: in this process, without Ray; auto: as many as there is room for, on a cluster that grows `max_workers`."""
     max_workers: PositiveInt | None = None
+    workers_per_gpu: NonNegativeInt = 1
+    """That share each GPU; 0: workers that leave the GPUs alone."""
     checkpoint_minutes: PositiveFloat = 10.0
-    """Accepted, and without effect so far: a shard is seconds of work, and a retry begins it anew."""
+    """A shard that takes longer keeps what it has so far, so often; another attempt at it goes on from there. Most
+    shards are seconds of work. What counts is what the run was planned with."""
     max_failed_fraction: float = Field(default=0.01, ge=0, le=1)
     seed: NonNegativeInt = 0
     output: str = Field(min_length=1)
@@ -222,8 +272,15 @@ class EncodeJob(_Section):
         field = self.build_field(dimensions=SIGNALS[self.signal.kind].dimensions, channels=1)
         optimizer = self.build_optimizer(samples_per_step=1)
         signal = self._possible_signal()
+        if self.tile is not None:
+            signal.refuse_tile(self.tile)
+        self.build_learner()
         if isinstance(optimizer, Solver):
             self._solver_can(optimizer, field, signal)
+        if self.fit.first_steps is not None and self.optimizer.kind in SOLVERS and not isinstance(optimizer, Scheduled):
+            raise ValueError(
+                f"fit.first_steps is the length of a schedule, and optimizer.kind={self.optimizer.kind} follows none"
+            )
         if self.needs_calibration and self.field.init == "per_datum":
             raise ValueError(
                 "optimizer.curvature=shared needs fields that start from one theta0, and field.init is per_datum; "
@@ -257,7 +314,7 @@ class EncodeJob(_Section):
 
         Raises what is wrong with its keys whatever the data are.
         """
-        keys = self.signal.model_dump(exclude={"kind"})
+        keys = self.signal.model_dump(exclude={"kind", "tile"})
         counts = _POSSIBLE_CHANNELS if keys["channels"] == "auto" else (keys["channels"],)
         wrong = []
         for channels in counts:
@@ -272,10 +329,29 @@ class EncodeJob(_Section):
         """Whether the fields share curvature that is estimated once per job."""
         return getattr(self.optimizer, "curvature", None) == "shared"
 
+    @property
+    def tile(self) -> Tile | None:
+        """How data are cut into blocks, if they are."""
+        return self.signal.tile
+
+    def tile_description(self) -> dict[str, Any]:
+        """Of blocks, for readers without nfscale; empty where data are not cut."""
+        return {} if self.tile is None else {"tile": self._possible_signal().tile_description(self.tile)}
+
     def open_dataset(self) -> Dataset:
-        """The dataset with its limit and its repeats applied."""
+        """The dataset with its limit and its repeats applied; whole data, where they are to be cut."""
         dataset = open_limited(self.dataset.opener(self.signal.kind), self.dataset.limit, self.seed)
         return dataset if self.dataset.repeats == 1 else Repeated(dataset, self.dataset.repeats)
+
+    def counted_blocks(self, data: Dataset) -> Runs | None:
+        """How many blocks each of these data has, which reads them all; None where data are not cut."""
+        return None if self.tile is None else counted(data, self._possible_signal(), self.tile)
+
+    def blocks_of(self, data: Dataset, blocks: Runs | None) -> Dataset:
+        """These data cut into as many blocks as were counted."""
+        if self.tile is None or blocks is None:
+            return data
+        return Tiled(data, self._possible_signal(), self.tile, blocks)
 
     def build_signal(self, contents: Sequence[Any]) -> Any:
         """The signal of the run, with what is `auto` decided by these data.
@@ -284,7 +360,7 @@ class EncodeJob(_Section):
             ValueError: if they do not fit it.
         """
         cls = SIGNALS[self.signal.kind]
-        return cls(**cls.settled(self.signal.model_dump(exclude={"kind"}), contents))
+        return cls(**cls.settled(self.signal.model_dump(exclude={"kind", "tile"}), contents))
 
     def build_field(self, dimensions: int, channels: int) -> Any:
         """The field between these numbers of coordinates and channels."""
@@ -318,7 +394,7 @@ class EncodeJob(_Section):
         return job if self.optimizer.kind != "auto" else job._with_optimizer(signal, contents[0])
 
     def _with_optimizer(self, signal: Any, content: Any) -> "EncodeJob":
-        available, wanted = len(signal.samples(content).values), self.fit.samples
+        available, wanted = signal.samples(content).count, self.fit.samples
         circumstances = Circumstances(
             target_db=self.fit.target if signal.quality_name.endswith("_db") else None,
             is_in_db=signal.quality_name.endswith("_db"),
@@ -329,7 +405,7 @@ class EncodeJob(_Section):
             has_hidden_matrices=self.field.kind == "mlp" and self.field.depth > 1,
             dimensions=signal.dimensions,
             weight_scale=self.field.weight_scale,
-            shares_init=self.field.init == "shared",
+            shares_init=self.field.init != "per_datum",
         )
         try:
             return self.model_validate(self.model_dump() | {"optimizer": {"kind": automatic_kind(circumstances)}})
@@ -345,20 +421,35 @@ class EncodeJob(_Section):
         if rate == "auto":
             scale = 1.0 if self.field.weight_scale == "auto" else self.field.weight_scale
             rate = cls.auto_learning_rate(self.field.width, scale, samples_per_step)
-        schedule = Schedule(section.schedule, self.fit.max_steps, self.optimizer.warmup)
+        schedule = Schedule(section.schedule, self.fit.max_steps, self.optimizer.warmup, self.fit.first_steps)
         optimizer = _build(cls, section, learning_rate=rate, schedule=schedule)
         if not isinstance(section, OptimizerSection) or (not section.weight_decay and section.clip_norm is None):
             return optimizer
         return Regularized(optimizer, section.weight_decay, section.clip_norm)
 
+    def build_learner(self) -> Any:
+        """What learns the start of field.init=learned."""
+        return _build(LEARNERS[self.learning.kind], self.learning)
+
+    def learning_rate_of_adam(self, samples_per_step: int) -> float:
+        """The automatic rate of Adam for the job's field."""
+        scale = 1.0 if self.field.weight_scale == "auto" else self.field.weight_scale
+        return Adam.auto_learning_rate(self.field.width, scale, samples_per_step)
+
     def fingerprint(self, ids_digest: str) -> str:
         """SHA-256 of all that changes a result; workers, batch size, tracking and output do not."""
         decides = self.model_dump(
             mode="json",
-            include={"dataset": True, "signal": True, "field": True, "optimizer": True, "fit": True, "seed": True},
+            include={"dataset", "signal", "field", "learning", "optimizer", "fit", "seed"},
         )
+        if self.field.init != "learned":
+            decides.pop("learning")
+        if self.fit.first_steps is None:
+            decides["fit"].pop("first_steps")
         for name in ("batch", "step"):
             decides["fit"].pop(name)
+        if self.tile is None:
+            decides["signal"].pop("tile")
         decides |= {"store_dtype": self.store.dtype, "ids": ids_digest, "format": FORMAT_VERSION}
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 

@@ -12,7 +12,7 @@ from PIL import Image as Pillow
 from nfscale.coordinator import Failure, Lease
 from nfscale.driver import InProcessPool, open_run, remaining, serve
 from nfscale.encode import OpenRun, ShardReport, encode_shard, make_plan
-from nfscale.errors import CallerError, EncodeError, MismatchError
+from nfscale.errors import CallerError, EncodeError, MismatchError, SupersededError
 from nfscale.optim import SOLVERS
 from nfscale.signals import Image
 from nfscale.store import open_weights
@@ -110,6 +110,61 @@ def test_a_shard_that_was_cut_stays_cut():
     done = [Commit(shard=name, order=order, stop=0, **commit) for order, name in enumerate(names)]
     assert [s.name for s in remaining(shards, done)] == ["shard-00000-bb", "shard-00001"]
     assert remaining(shards, [])[0].name == "shard-00000"
+
+
+def test_a_shard_that_is_cut_commits_as_its_parts_alone(tmp_path):
+    folder, plan = open_run(tiny_job(tmp_path / "run", "optimizer.kind=adam", "fit.max_steps=20"))
+    shard, run = plan.shards()[0], OpenRun(folder)
+    late = encode_shard(run, shard, attempt="late", order=0, worker="zombie")
+    assert folder.cut(shard)
+    assert folder.cut(shard), "whoever cut it"
+    *_, report = late
+    assert (report.won, report.cut) == (False, True)
+    assert folder.uncommitted() == []
+    assert folder.commits() == []
+    assert folder.commit_of(shard) is None
+    assert [s.name for s in remaining(plan.shards(), *folder.commits_and_cuts())][:3] == [
+        *("shard-00000-a", "shard-00000-b", "shard-00001")
+    ]
+    serve(folder, plan, InProcessPool(folder), [])
+    assert not verify(folder).mismatches
+    assert not folder.cut(plan.shards()[1]), "it is committed"
+    assert {c.shard for c in folder.commits()} == {
+        *("shard-00000-a", "shard-00000-b", "shard-00001", "shard-00002"),
+    }
+
+
+def test_a_driver_that_was_superseded_commits_nothing_and_says_who_took_over(tmp_path):
+    job = tiny_job(tmp_path / "run", "fit.max_steps=20")
+    folder, plan = open_run(job)
+    older = folder.take_over()
+    assert older == 1
+    folder.refuse_superseded(older)
+    attempt = encode_shard(OpenRun(folder), plan.shards()[0], attempt="a", order=0, worker="w", epoch=older)
+    folder.write_calibration([0], np.ones(1), np.ones((1, plan.layout.size)))
+    assert folder.take_over() == 2
+    with pytest.raises(SupersededError, match=rf"another driver took over .*run \(process {os.getpid()} on ") as caught:
+        list(attempt)
+    assert caught.value.exit_code == 4
+    assert folder.commits() == []
+    assert folder.uncommitted() == []
+
+
+def test_a_newer_driver_takes_over_and_finishes(tmp_path):
+    job = tiny_job(tmp_path / "run", "fit.max_steps=20")
+    newer = []
+
+    class TakesOver(Recorder):
+        def on_commit(self, commit):
+            if not newer:
+                newer.append(encode_in_process(job)[1])
+
+    with pytest.raises(SupersededError):
+        encode_in_process(job, TakesOver())
+    assert newer[0].fitted_here == 32, "what the older one had committed stays"
+    folder = open_run(job)[0]
+    assert folder.is_complete
+    assert not verify(folder).mismatches
 
 
 def test_a_folder_of_another_job_is_refused_and_left_alone(tmp_path):

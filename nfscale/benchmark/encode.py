@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +28,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows: part, seconds (of all workers together), share."""
-    if not Path(arguments.job).is_file():
-        raise CallerError(f"there is no job file {arguments.job!r}; give one, such as pipelines/photos.yaml of a clone")
+    figures = figures_of(arguments.job, arguments.overrides)
+    rows = rows_of(figures)
+    print_rows(rows)
+    speed = f"{figures['fields_per_second']:.2f} fields/s"
+    print(f"{figures['fitted_here']:,} fields, {figures['workers']} workers, {speed}")
+    return rows
+
+
+def figures_of(job: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """What `nfscale encode --json` says of a job that is run into a folder of its own.
+
+    Raises:
+        CallerError: if there is no such job, or it fails.
+    """
+    if not Path(job).is_file():
+        raise CallerError(f"there is no job file {job!r}; give one, such as pipelines/photos.yaml of a clone")
     with tempfile.TemporaryDirectory(prefix="nfscale-benchmark-") as folder:
         said = Path(folder) / "figures.json"
         output = Path(folder) / "runs" / "encode"
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "nfscale", "encode", arguments.job, *arguments.overrides),
+                *(sys.executable, "-m", "nfscale", "encode", job, *overrides),
                 *(f"output={output}", "--json", str(said)),
             ],
             stdout=subprocess.DEVNULL,
             check=False,
         )
         if done.returncode not in (0, 3):  # 3: some data failed, which costs time too
-            raise CallerError(f"nfscale encode {arguments.job} ended with {done.returncode}, see above")
-        figures = json.loads(said.read_text())
-    rows = rows_of(figures)
-    print_rows(rows)
-    speed = f"{figures['fields_per_second']:.2f} fields/s"
-    print(f"{figures['fitted_here']:,} fields, {figures['workers']} workers, {speed}")
-    return rows
+            raise CallerError(f"nfscale encode {job} ended with {done.returncode}, see above")
+        return json.loads(said.read_text())
 
 
 def rows_of(figures: dict[str, Any]) -> list[dict[str, Any]]:

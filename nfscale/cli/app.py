@@ -13,6 +13,7 @@ from nfscale.cli.encode import encode
 from nfscale.cli.gc import gc
 from nfscale.cli.review import review
 from nfscale.cli.status import status
+from nfscale.cli.submit import jobs, logs, stop, submit
 from nfscale.cli.verify import verify
 from nfscale.errors import ExitCode, NfscaleError
 
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (encode, status, decode, verify, review, compare, gc):
+for command in (encode, status, decode, verify, review, compare, gc, submit, jobs, logs, stop):
     app.command()(command)
 app.add_typer(diagnose, name="diagnose")
 # Its arguments are parsed where torch and numpy are all there is.

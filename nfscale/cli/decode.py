@@ -13,14 +13,16 @@ from nfscale.store import open_weights
 
 def decode(
     run: RunArgument,
-    datum: Annotated[str, typer.Option("--id", help="Id or index of the datum.", show_default=False)],
+    datum: Annotated[
+        str, typer.Option("--id", help="Id or index of the datum; of one block of it: ID@2,1.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.", show_default=False)],
     shape: Annotated[
         str | None,
         typer.Option(help="As the signal has it: 256x256 for an image; the fitted one if left out.", metavar="SHAPE"),
     ] = None,
 ) -> None:
-    """Decode one field back to a datum, at any resolution.
+    """Decode one field back to a datum, at any resolution; of data that were cut into blocks, all of them together.
 
     Example: `nfscale decode runs/digits --id 17 --shape 256x256 -o 17.png`
     """
@@ -35,4 +37,6 @@ def decode(
         medium.write(content, out)
     except OSError as error:
         raise CallerError(f"cannot write {out}: {error.strerror or error}") from error
-    print(f"{out}: datum {datum}, {' x '.join(str(size) for size in wanted if isinstance(size, int))}")
+    whole = table.whole(str(key))
+    blended = f", {whole.blocks} blocks blended" if whole else ""
+    print(f"{out}: datum {datum}, {' x '.join(str(size) for size in wanted if isinstance(size, int))}{blended}")

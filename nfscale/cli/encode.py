@@ -15,9 +15,9 @@ from rich.console import Console
 from nfscale.cli.common import JsonOption, percentages, too_many_failed, warn, write_json
 from nfscale.cli.progress import ProgressDisplay
 from nfscale.datasets import DATASETS
-from nfscale.driver import InProcessPool, Pool, Summary, Termination, open_run, serve, totals
+from nfscale.driver import InProcessPool, Pool, Share, Summary, Termination, open_run, serve, totals
 from nfscale.engine.sampling import Sampling
-from nfscale.errors import ExitCode, NfscaleError
+from nfscale.errors import ExitCode, NfscaleError, SupersededError
 from nfscale.fields import FIELDS
 from nfscale.fields.activations import ACTIVATIONS
 from nfscale.fields.encodings import ENCODINGS
@@ -44,6 +44,10 @@ def encode(
     ] = None,
     json_file: JsonOption = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Fit the data that failed anew.")] = False,
+    shards: Annotated[
+        str | None,
+        typer.Option(help="Every n-th shard from the i-th on, beside processes with the others.", metavar="I/N"),
+    ] = None,
 ) -> None:
     """Encode a dataset as neural fields; run again to resume.
 
@@ -51,6 +55,7 @@ def encode(
     """
     started = time.monotonic()
     console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+    share = None if shards is None else Share.parsed(shards)
     job = load_job(job_file, overrides)
     folder, plan = open_run(job, _device())
     whole = folder.is_complete and folder.has_report and (not job.track.enabled or folder.is_tracked)
@@ -59,7 +64,10 @@ def encode(
         summary = totals(folder, Summary(str(folder), job.name, was_complete=True))
         console.print(f"{folder} is complete; nothing to do")
     else:
-        summary = _encode(job, folder, plan, console, retry_failed)
+        summary = _encode(job, folder, plan, console, retry_failed, share)
+    if share is not None and not (summary.completed or summary.was_complete):
+        _finish_share(console, share, summary, plan, json_file, started)
+        return
     figures = _figures(folder, summary, job.track.enabled)
     figures |= _seconds(summary, started)
     write_json(json_file, figures)
@@ -71,6 +79,19 @@ def encode(
             file=sys.stderr,
         )
         raise typer.Exit(int(ExitCode.TOO_MANY_FAILED))
+
+
+def _finish_share(
+    console: Console, share: Share, summary: Summary, plan: Plan, json_file: JsonOption, started: float
+) -> None:
+    """Say what a share has come to; the report is for whoever completes the run."""
+    figures = asdict(summary) | {"shards": str(share), "data": plan.data_count} | _seconds(summary, started)
+    del figures["first_lease_at"]
+    write_json(json_file, figures)
+    console.print(
+        f"share {share} is done, {summary.fitted_here:,} fields of it here; {summary.fields:,} of "
+        f"{plan.data_count:,} data of the run are committed"
+    )
 
 
 def _names() -> str:
@@ -85,12 +106,15 @@ def _names() -> str:
 encode.__doc__ = f"{encode.__doc__}\n\n{_names()}"
 
 
-def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console, retry_failed: bool) -> Summary:
+def _encode(
+    job: EncodeJob, folder: RunFolder, plan: Plan, console: Console, retry_failed: bool, share: Share | None
+) -> Summary:
     console.print(
         f"{job.name}: {plan.data_count:,} data, fields of {plan.layout.size:,} weights, "
         f"{len(plan.shards())} shards, into {folder}"
     )
-    tracker = Tracker(folder, plan, warn, _nodes(job)) if job.track.enabled else None
+    is_tracked = job.track.enabled and (share is None or folder.is_complete)  # else by who completes it
+    tracker = Tracker(folder, plan, warn, _nodes(job)) if is_tracked else None
     display = ProgressDisplay(console)
     observers = [display, tracker] if tracker else [display]
     pool: Pool | None = None
@@ -107,10 +131,15 @@ def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console, ret
                 pool = _pool(job, folder)
                 is_starting = False
                 termination.install()
-                summary = serve(folder, plan, pool, observers, retry_failed)
+                summary = serve(folder, plan, pool, observers, retry_failed, share)
                 display.close()
                 pool.close()
                 pool = None
+                if share is not None and not summary.completed:
+                    return totals(folder, summary)
+                if job.track.enabled and tracker is None:
+                    tracker = Tracker(folder, plan, warn)
+                    tracker.on_start(folder, plan, folder.commits())
             if job.store.ipc_copy:
                 write_ipc_copy(folder)
             make_report(folder)
@@ -120,6 +149,9 @@ def _encode(job: EncodeJob, folder: RunFolder, plan: Plan, console: Console, ret
             beyond = too_many_failed(summary.failed, summary.fields, job.max_failed_fraction)
             state, tag = ("FAILED", TOO_MANY_FAILED) if beyond else ("FINISHED", None)
             return summary
+    except SupersededError:
+        state = "RUNNING"  # by the other driver
+        raise
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         raise NfscaleError(f"{what}; what is committed stays, and the same command continues") from error
@@ -154,7 +186,7 @@ def _pool(job: EncodeJob, folder: RunFolder) -> Pool:
         return InProcessPool(folder)
     from nfscale.distributed import RayPool
 
-    return RayPool(folder, job.workers, job.max_workers)
+    return RayPool(folder, job.workers, job.max_workers, job.workers_per_gpu)
 
 
 def _nodes(job: EncodeJob) -> Callable[[], dict[str, dict[str, float]]]:

@@ -5,6 +5,7 @@ An opener is a frozen dataclass whose fields are the keys of its kind in the job
 and one line in `DATASETS`.
 """
 
+from nfscale.datasets.backgrounds import Backgrounds
 from nfscale.datasets.base import Dataset, Datum, Opener, Subset, seeded_sample
 from nfscale.datasets.brain import Brain
 from nfscale.datasets.clips import Clips
@@ -27,6 +28,7 @@ from nfscale.datasets.upper_winds import UpperWinds
 from nfscale.datasets.webdataset import WebDataset
 
 DATASETS: dict[str, type] = {
+    "backgrounds": Backgrounds,
     "brain": Brain,
     "clips": Clips,
     "digits": Digits,

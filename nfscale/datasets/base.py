@@ -7,7 +7,7 @@ about 70 bytes each, so openers hand out `ComputedIds` where an id can be comput
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import Any, Protocol, overload
@@ -36,6 +36,8 @@ class Datum:
     error: str | None = None
     repeat: int = 0
     """Which of the fields of this datum, where `dataset.repeats` asks for several."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the table's `metrics` is to say of it beside what its signal measures."""
 
 
 class Dataset(Protocol):

@@ -5,6 +5,7 @@ white matter. Blocks of air are left out, and so is what is left around all bloc
 has the affine that says where in the head it is.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,29 +46,36 @@ class Brain:
 
     part: Literal["t1", "gm", "wm", "all"] = "t1"
     """t1: the picture. gm, wm: grey and white matter, 118 and 110 blocks. all: the three together."""
-    size: int = 32
-    """Millimetres along each side of a block."""
+    size: int | None = 32
+    """Millimetres along each side of a block. null: the whole map of 197 x 233 x 189 mm, which `signal.tile` cuts."""
 
     def open(self) -> "BrainDataset":
-        require(2 <= self.size <= min(_SIZES), f"dataset.size is 2 to {min(_SIZES)} mm, got {self.size}")
+        require(
+            self.size is None or 2 <= self.size <= min(_SIZES),
+            f"dataset.size is 2 to {min(_SIZES)} mm, got {self.size}",
+        )
         nifti.library()
         names = list(_SHA256) if self.part == "all" else [self.part]
         return BrainDataset(_PACKAGE.paths(), names, self.size)
 
 
 class BrainDataset(Dataset):
-    """Blocks by map, z, y and x; ids say where one belongs: `t1/z02y03x01`."""
+    """Blocks by map, z, y and x; ids say where one belongs: `t1/z02y03x01`. Whole maps: `t1`."""
 
-    def __init__(self, paths: dict[str, Path], names: Sequence[str], size: int) -> None:
-        self._paths, self._size = paths, size
-        counts = [length // size for length in _SIZES]
-        self._starts = [(length - count * size) // 2 for length, count in zip(_SIZES, counts, strict=True)]
+    def __init__(self, paths: dict[str, Path], names: Sequence[str], size: int | None) -> None:
+        self._paths, self._is_whole = paths, size is None
+        self._sides = _SIZES if size is None else (size,) * 3
+        counts = [length // side for length, side in zip(_SIZES, self._sides, strict=True)]
+        taken = [count * side for count, side in zip(counts, self._sides, strict=True)]
+        self._starts = [(length - inside) // 2 for length, inside in zip(_SIZES, taken, strict=True)]
         self._volumes: dict[str, Voxels] = {}
         places = [(name, *map(int, place)) for name in names for place in np.ndindex(*counts)]
         self._places = [place for place in places if not self._is_air(*place)]
 
     @cached_property
     def ids(self) -> Sequence[str]:
+        if self._is_whole:
+            return [name for name, *_ in self._places]
         return [f"{name}/z{z:02d}y{y:02d}x{x:02d}" for name, z, y, x in self._places]
 
     def read(self, position: int) -> Datum:
@@ -80,14 +88,15 @@ class BrainDataset(Dataset):
 
     def _block(self, name: str, *place: int) -> Voxels:
         whole = self._whole(name)
-        first = [start + index * self._size for start, index in zip(self._starts, place, strict=True)]
-        box = tuple(slice(one, one + self._size) for one in first)
+        axes = list(zip(self._starts, place, self._sides, strict=True))
+        first = [start + index * side for start, index, side in axes]
+        box = tuple(slice(one, one + side) for one, side in zip(first, self._sides, strict=True))
         assert whole.affine is not None
         return Voxels(whole.values[box].copy(), cut(whole.affine, first), _FULL_RANGE)
 
     def _is_air(self, name: str, *place: int) -> bool:
         try:
-            return int(np.count_nonzero(self._block(name, *place).values)) < _LEAST_SHARE * self._size**3
+            return int(np.count_nonzero(self._block(name, *place).values)) < _LEAST_SHARE * math.prod(self._sides)
         except (OSError, ValueError):
             return False  # a datum that says why
 

@@ -98,19 +98,32 @@ class FolderDataset(Dataset):
             label = escaped(f"{self._below.title}/{name}".split("/")[-2])
         try:
             with self._below.opened(name) as stream:
-                content = self._medium.read(stream, name, lambda relative: self._beside(name, relative))
+                content = self._medium.read(stream, name, _Beside(self._below, name))
                 return Datum(datum_id, position, content, label, split)
         except StoreError:
             raise
         except (OSError, ValueError) as error:
             return Datum(datum_id, position, None, label, split, reason_of(error))
 
-    def _beside(self, name: str, relative: str) -> BinaryIO:
-        """Another file of the dataset, by its path relative to one that is being read."""
-        path = posixpath.normpath(posixpath.join(posixpath.dirname(name), relative))
+
+@dataclass(frozen=True)
+class _Beside:
+    """Other files of the dataset, by their paths relative to one that is being read."""
+
+    below: "_Below"
+    name: str
+
+    def __call__(self, relative: str) -> BinaryIO:
+        return self.below.opened(self._path(relative))
+
+    def names(self, folder: str) -> list[str]:
+        return sorted(self.below.listed(self._path(folder)))
+
+    def _path(self, relative: str) -> str:
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(self.name), relative))
         if relative.startswith("/") or path.split("/")[0] == "..":
             raise ValueError(f"it names {escaped(relative)}, which leads out of the dataset's folder")
-        return self._below.opened(path)
+        return path
 
 
 class _Below(Protocol):
@@ -132,6 +145,10 @@ class _Below(Protocol):
             OSError: if it cannot be read.
             ValueError: with the reason, if it is not to be read.
         """
+        ...
+
+    def listed(self, folder: str) -> list[str]:
+        """Names of the files in a folder below this one; none where it is none."""
         ...
 
 
@@ -158,6 +175,13 @@ class _FilesBelow:
 
     def opened(self, name: str) -> BinaryIO:
         return _opened_inside(self._real_root, name)
+
+    def listed(self, folder: str) -> list[str]:
+        path = os.path.realpath(os.path.join(self._real_root, folder))
+        if os.path.commonpath([self._real_root, path]) != self._real_root or not os.path.isdir(path):
+            return []
+        with os.scandir(path) as entries:
+            return [entry.name for entry in entries if not entry.is_dir()]
 
 
 class _ObjectsBelow:
@@ -188,6 +212,12 @@ class _ObjectsBelow:
             raise ValueError(f"too large: an object of {size} bytes, at most {MAX_ENCODED_BYTES} are read")
         return io.BytesIO(self._files.range(name, 0, MAX_ENCODED_BYTES))  # it may have grown since it was listed
 
+    def listed(self, folder: str) -> list[str]:
+        start = "" if folder == "." else f"{folder}/"
+        return [
+            name[len(start) :] for name in self._entries if name.startswith(start) and "/" not in name[len(start) :]
+        ]
+
 
 def _opened_inside(root: str, name: str) -> BinaryIO:
     """A regular file below `root` (a real path), opened for reading.
@@ -202,7 +232,7 @@ def _opened_inside(root: str, name: str) -> BinaryIO:
     if os.path.commonpath([root, path]) != root:
         raise ValueError("a link that leads out of the dataset's folder; put the file itself there")
     if not os.path.lexists(path):
-        raise ValueError("a link that leads nowhere, or the file is gone")
+        raise FileNotFoundError("a link that leads nowhere, or the file is gone")
     _refuse_irregular(os.stat(path).st_mode)
     # What the path names may have changed since: do not follow a link, do not wait for a pipe, and look again.
     flags = ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY")  # none of them is on every system

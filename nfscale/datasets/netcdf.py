@@ -1,5 +1,7 @@
 """Maps in NetCDF files: one datum for each time, level or member of a variable on a grid of latitudes and longitudes.
 
+Levels can be channels of a datum, and time a coordinate of its field: then a datum is what is left.
+
 Opening reads the headers of all files; a datum is one slab of a file, which each process keeps open. In a folder, a
 file that cannot be used is one datum with the reason; once it is mended it has other data, which is another dataset.
 What the files may hide is told in `nfscale.media.netcdf`.
@@ -46,6 +48,10 @@ class NetCdf:
     """A value that means missing, beside those that the files declare."""
     label_from: Literal["month"] | None = None
     """month: 1 to 12, of the time axis."""
+    time: Literal["each", "coordinate"] = "each"
+    """coordinate: a datum is all times of a map, and time a coordinate of its field."""
+    levels: Literal["each", "channels"] = "each"
+    """channels: a datum has all levels of its variables as channels, named such as t_850."""
 
     def open(self) -> "NetCdfDataset":
         library()
@@ -78,7 +84,8 @@ class NetCdf:
         """What is remembered of a file: its maps, or why it has none."""
         try:
             file = opened[name]
-            planes = file.require(self._variables(file))
+            together = {"time": self.time == "coordinate", "levels": self.levels == "channels"}
+            planes = [file.together(plane, **together) for plane in file.require(self._variables(file))]
             require(planes[0].maps <= _MOST_MAPS, f"dataset.path: {name!r} claims {planes[0].maps:,} maps")
             months = file.months(planes[0]) if self.label_from == "month" else None
             return _Part(name, planes, months)

@@ -32,6 +32,8 @@ _READ_ERRORS = (
     *(OSError, ValueError, EOFError, OverflowError, NotImplementedError),
     *(zipfile.BadZipFile, struct.error, zlib.error),
 )
+_MAPPED_VALUES = 16 << 20
+"""Of one datum: one with more is handed out as it is mapped, for signals that read some of its values at a time."""
 _HELD_BYTES = 8 << 30
 """A member of more is refused where it cannot be read by rows: every worker of a machine would hold it."""
 
@@ -107,6 +109,8 @@ class NpzDataset(Dataset):
         split = None if self._splits is None else str(_plain(self._splits[position])) or None
         try:
             data = self._data[position]
+            if isinstance(data, np.memmap) and data.size > _MAPPED_VALUES and data.dtype.isnative:
+                return Datum(self._ids[position], position, data, label, split)
             array = np.array(data, dtype=data.dtype.newbyteorder("="))  # a copy: the mapping is read-only
         except StoreError:
             raise

@@ -53,15 +53,18 @@ _PACKAGE = Package(
 class Speech:
     """The first use fetches the Debian package with apt-get, unless it is installed."""
 
-    part: Literal["words", "digits", "letters", "phonetic", "all"] = "words"
+    part: Literal["words", "digits", "letters", "phonetic", "all", "demo"] = "words"
     """words: the next three together, 182 numbers, days, letters and signs of 0.6 to 1.6 seconds.
-    all: whole sentences too, of up to 73 seconds."""
+    all: whole sentences too, of up to 73 seconds. demo: the ten that introduce the exchange, the longest among
+    them; `signal.tile` cuts them."""
 
     def open(self) -> "SpeechDataset":
         archive = _PACKAGE.paths()[_ARCHIVE]
         folders = {"words": _WORDS, "all": None}.get(self.part, (self.part,))
         members = _members(archive)
         wanted = [name for name in members if folders is None or name.split("/")[0] in folders]
+        if self.part == "demo":
+            wanted = [name for name in members if name.startswith("demo-")]
         return SpeechDataset(archive, sorted(wanted, key=lambda name: (members[name][1], name)))
 
 

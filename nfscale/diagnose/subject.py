@@ -5,12 +5,14 @@ from typing import Any
 
 from torch import Tensor
 
+from nfscale.datasets import Dataset, Subset
 from nfscale.errors import CallerError
 from nfscale.fields import Field, theta0_of
 from nfscale.job import EncodeJob
 from nfscale.optim import Optimizer, Solver
 from nfscale.rng import as_tensor, datum_seed
 from nfscale.signals import Samples, Signal
+from nfscale.signals.tiles import block_id, whole_id
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,12 @@ def subject_of(job: EncodeJob, datum_id: str | None = None) -> Subject:
     Raises:
         CallerError: if there is no such datum, or it cannot be read.
     """
-    dataset = job.open_dataset()
+    if job.field.init == "learned":
+        raise CallerError(
+            "diagnose looks at the start that a job draws, and field.init=learned is learned when a run begins; "
+            "use field.init=shared"
+        )
+    dataset = _blocks_of_one(job, job.open_dataset(), datum_id)
     ids = list(dataset.ids)
     if datum_id is not None and datum_id not in ids:
         raise CallerError(f"no datum {datum_id!r} in the dataset; ids look like {ids[:3]}")
@@ -62,3 +69,18 @@ def subject_of(job: EncodeJob, datum_id: str | None = None) -> Subject:
             row = field.layout.ravel(field.init(as_tensor([datum_seed(job.seed, datum.id)])))[0]
         return Subject(job, datum.id, datum.content, signal, samples, field, row)
     raise CallerError(f"no datum to look at can be read; the last, {reason}")
+
+
+def _blocks_of_one(job: EncodeJob, data: Dataset, datum_id: str | None) -> Dataset:
+    """Where data are cut, the blocks of the datum that is asked for, or of the first that can be read."""
+    if job.tile is None:
+        return data
+    ids = list(data.ids)
+    readable = (name for place, name in enumerate(ids) if data.read(place).content is not None)
+    name = next(readable, "") if datum_id is None else whole_id(datum_id)
+    if name not in ids:
+        like = block_id(ids[0], (0,) * len(job.tile.size)) if ids else "none"
+        seen = "none of the data can be read" if datum_id is None else f"no datum {datum_id!r} in the dataset"
+        raise CallerError(f"{seen}, whose data are cut; ids look like {like!r}")
+    one = Subset(data, [ids.index(name)])
+    return job.blocks_of(one, job.counted_blocks(one))

@@ -1,12 +1,20 @@
-"""Workers as Ray actors, one per device: in-process Ray by default, the cluster of `RAY_ADDRESS` when set.
+"""Workers as Ray actors, one per device or several: in-process Ray by default, the cluster of `RAY_ADDRESS` when set.
+
+The pool is elastic: it begins with the first worker that is alive, and asks for as many as there is use for. Actors
+that Ray cannot place yet are what an autoscaler sees as demand. A worker on a node that Ray is draining gets no new
+lease, and what is lost there is nobody's fault.
 
 Dangers, each guarded here:
 - Ray's own retries refit invisibly and reorder calls, so actors have none; the coordinator owns retries.
 - A worker that Ray declares dead may still be alive and commit; commits are first-wins.
 - Ray sets thread counts that torch has already read; each actor sets its own.
+- Any error of Ray but that of the task itself ends an attempt: which one is told depends on what dies first.
 """
 
+import contextlib
 import os
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +36,9 @@ _START_ATTEMPTS = 3
 _ADDRESSES_BYTES = 4 << 30  # that a process of local Ray needs: at 2.5 GB it aborts in C++, at 4 GB it runs
 
 
+_LOOK_SECONDS = 5.0  # between two looks at the nodes
+
+
 @dataclass
 class _Worker:
     name: str
@@ -40,11 +51,24 @@ class _Worker:
 
 
 class RayPool:
-    """As many actors as asked for; one that dies is replaced."""
+    """As many actors as there is use and room for; one that dies is replaced."""
 
-    def __init__(self, folder: RunFolder, workers: int | Literal["auto"], max_workers: int | None = None) -> None:
-        on_cluster = bool(os.environ.get("RAY_ADDRESS"))
-        if not on_cluster:
+    def __init__(
+        self,
+        folder: RunFolder,
+        workers: int | Literal["auto"],
+        max_workers: int | None = None,
+        workers_per_gpu: int = 1,
+    ) -> None:
+        """Connect to Ray, or start it.
+
+        Args:
+            workers: how many; "auto" is as many as the cluster has room for at the time, and where there is a cluster
+                that grows on demand, `max_workers`.
+            workers_per_gpu: that share a GPU; 0 for workers that leave the GPUs alone.
+        """
+        self._on_cluster = bool(os.environ.get("RAY_ADDRESS"))
+        if not self._on_cluster:
             for name, value in _LOCAL_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
         import ray
@@ -52,48 +76,96 @@ class RayPool:
 
         self._ray: Any = ray
         self._folder = folder.files.absolute()
+        self._asked, self._max, self._per_gpu = workers, max_workers, workers_per_gpu
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
-            self._connect(on_cluster, workers)
-        resources = ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0))
-        if workers == "auto":
-            workers = gpus or max(1, int(resources.get("CPU", 1)))
-        self._wanted = min(workers, max_workers or workers)
-        self._options: dict[str, Any] = {"num_gpus": 1, "num_cpus": 1} if gpus else {"num_cpus": 1}
+            self._connect()
+        self._useful: int | None = None
         self._workers: dict[str, _Worker] = {}
         self._started = 0
         self._failed_starts = 0
-        while len(self._workers) < self._wanted:
-            self._add()
+        self._draining: set[str] = set()
+        self._looked = time.monotonic()
+        self._resources: dict[str, Any] = ray.cluster_resources()
+        self._reconcile()
 
-    def _connect(self, on_cluster: bool, workers: int | Literal["auto"]) -> None:
-        if not on_cluster and (limit := _address_limit()) is not None and limit < _ADDRESSES_BYTES:
+    def _connect(self) -> None:
+        if not self._on_cluster and (limit := _address_limit()) is not None and limit < _ADDRESSES_BYTES:
             raise EncodeError(
                 f"Ray needs {_ADDRESSES_BYTES >> 30} GiB of addresses for each of its processes, and this one may have "
                 f"{limit / (1 << 30):.1f}; raise the limit (`ulimit -v`), or use workers=0"
             )
-        if on_cluster:
+        if self._on_cluster:
             self._ray.init(log_to_driver=False, configure_logging=False)
             return
         self._ray.init(
             address="local",
-            num_cpus=None if workers == "auto" else max(1, workers),
+            num_cpus=None if self._asked == "auto" else max(1, self._asked),
             include_dashboard=False,
             log_to_driver=False,
             configure_logging=False,
             object_store_memory=_OBJECT_STORE_BYTES,
         )
 
+    # --- how many
+
+    @property
+    def _uses_gpus(self) -> bool:
+        return self._per_gpu > 0 and self._resources.get("GPU", 0) > 0
+
+    @property
+    def _most(self) -> int:
+        """Workers that there may be."""
+        if isinstance(self._asked, int):
+            return min(self._asked, self._max or self._asked)
+        gpus, cpus = int(self._resources.get("GPU", 0)), int(self._resources.get("CPU", 0))
+        room = max(1, gpus * self._per_gpu if self._uses_gpus else cpus)
+        if self._max is None:
+            return room
+        return self._max if self._on_cluster else min(self._max, room)  # what is pending is asked of an autoscaler
+
+    def want(self, workers: int) -> None:
+        """So many would be of use from now on: more are asked for, or those are let go that have nothing to do."""
+        self._useful = workers
+        self._reconcile()
+
+    def _reconcile(self) -> None:
+        target = self._most if self._useful is None else min(self._most, self._useful)
+        while len(self._workers) < target:
+            self._add()
+        if len(self._workers) > target:
+            pending_first = sorted(self._workers.values(), key=lambda worker: worker.starting is None)
+            for worker in [w for w in pending_first if w.lease is None][: len(self._workers) - target]:
+                self._drop(worker)
+
     def _add(self) -> None:
-        worker_class = self._ray.remote(max_restarts=0, max_task_retries=0, **self._options)(_FitWorker)
-        actor = worker_class.remote(self._folder)
+        cpus, gpus = 1, 1 / self._per_gpu if self._uses_gpus else 0
+        options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
+        actor = self._ray.remote(**options)(_FitWorker).remote(self._folder, cpus, gpus)
         name = f"worker-{self._started}"
         self._started += 1
         self._workers[name] = _Worker(name, actor, starting=actor.node.remote())
 
+    def _drop(self, worker: _Worker) -> None:
+        del self._workers[worker.name]
+        self._ray.kill(worker.actor)
+
+    def _look(self) -> None:
+        """See what has become of the nodes, now and then."""
+        if time.monotonic() - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        self._resources = self._ray.cluster_resources()
+        self._draining = _draining_nodes()
+        for worker in list(self._workers.values()):
+            if worker.lease is None and worker.node in self._draining:
+                self._drop(worker)  # and one that takes its place starts elsewhere
+
+    # --- work
+
     def idle(self) -> list[str]:
-        return [w.name for w in self._workers.values() if w.starting is None and w.lease is None]
+        free = [w for w in self._workers.values() if w.starting is None and w.lease is None]
+        return [worker.name for worker in free if worker.node not in self._draining]
 
     def start(self, lease: Lease) -> None:
         worker = self._workers[lease.worker]
@@ -101,8 +173,11 @@ class RayPool:
         worker.stream = worker.actor.work.options(num_returns="streaming").remote(lease)
 
     def poll(self, seconds: float) -> list[Event]:
+        self._look()
+        self._reconcile()
         waiting = {w.starting or w.stream: w for w in self._workers.values() if w.starting or w.stream}
         if not waiting:
+            time.sleep(seconds)
             return []
         ready, _ = self._ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
         if not ready:
@@ -119,11 +194,10 @@ class RayPool:
         try:
             worker.node = self._ray.get(worker.starting)
         except self._ray.exceptions.RayError as error:
+            self._drop(worker)
             self._failed_starts += 1
-            del self._workers[worker.name]
             if self._failed_starts >= _START_ATTEMPTS and not any(w.starting is None for w in self._workers.values()):
                 raise EncodeError(f"no worker could be started: {explained(error)}") from error
-            self._add()
             return
         worker.starting = None
         self._failed_starts = 0
@@ -139,9 +213,9 @@ class RayPool:
             self._release(worker)
             cause = error.cause or error
             return Failed(worker.name, failure_of(cause), explained(cause))
-        except errors.RayActorError as error:
+        except errors.RayError as error:
             failure = Failure.INFRA if self._node_is_gone(worker, error) else Failure.CRASH
-            self._replace(worker)
+            self._drop(worker)
             return Failed(worker.name, failure, f"the worker process died ({_death(error)})")
         if isinstance(event, Progress):
             return Advanced(worker.name, event)
@@ -149,7 +223,10 @@ class RayPool:
         return Succeeded(worker.name, event)
 
     def _node_is_gone(self, worker: _Worker, error: Any) -> bool:
+        """Whether the node is to blame: it is lost, leaving, or cannot be reached."""
         if getattr(error, "preempted", False) or isinstance(error, self._ray.exceptions.ActorUnavailableError):
+            return True
+        if _death(error) == "NODE_DIED" or worker.node in self._draining | _draining_nodes():
             return True
         return not any(node["NodeID"] == worker.node and node["Alive"] for node in self._ray.nodes())
 
@@ -157,27 +234,28 @@ class RayPool:
     def _release(worker: _Worker) -> None:
         worker.lease = worker.stream = None
 
-    def _replace(self, worker: _Worker) -> None:
-        del self._workers[worker.name]
-        self._ray.kill(worker.actor)
-        self._add()
+    def cancel(self, worker: str) -> None:
+        """Ray does not interrupt a call that runs: the actor is killed."""
+        self._drop(self._workers[worker])
 
     def close(self) -> None:
-        for worker in self._workers.values():
-            self._ray.kill(worker.actor)
-        self._workers.clear()
+        for worker in list(self._workers.values()):
+            self._drop(worker)
         if self._owns_ray:
             self._ray.shutdown()
 
 
 class _FitWorker:
-    """One process with one device. Calls run one after the other in the main thread, as CUDA wants it."""
+    """One process with one device, or a part of one. Its calls run one after the other in the main thread, as CUDA
+    wants it."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, cpus: int, gpus: float) -> None:
+        os.environ["OMP_NUM_THREADS"] = str(cpus)
         import torch
 
-        if not torch.cuda.is_available():
-            torch.set_num_threads(1)
+        torch.set_num_threads(cpus)
+        if 0 < gpus < 1 and torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(gpus)  # a batch too large fails here, and not its neighbour
         self._folder = folder
         self._run: OpenRun | None = None
 
@@ -187,10 +265,19 @@ class _FitWorker:
 
         return ray.get_runtime_context().get_node_id()
 
-    def work(self, lease: Lease) -> Any:
+    def work(self, lease: Lease) -> Iterator[Any]:
         """Progress, then the report of a lease."""
         self._run = self._run or OpenRun(RunFolder(self._folder))
         yield from work_on(self._run, lease)
+
+
+def _draining_nodes() -> set[str]:
+    """Ids of the nodes that are to leave; none where this Ray does not say."""
+    with contextlib.suppress(Exception):  # an interface of Ray's own, which may be another in the next version
+        from ray._private.state import state
+
+        return set(state.get_draining_nodes())
+    return set()
 
 
 def _address_limit() -> int | None:
@@ -206,6 +293,8 @@ def _address_limit() -> int | None:
 def _death(error: Any) -> str:
     """What Ray says of a death, in a few words."""
     text = " ".join(str(error).split())
+    if "node was terminated" in text or "node has died" in text or "node died" in text.lower():
+        return "NODE_DIED"
     for known in ("SYSTEM_ERROR", "INTENDED_USER_EXIT", "OUT_OF_MEMORY", "NODE_DIED"):
         if known in text:
             return known

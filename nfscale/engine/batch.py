@@ -4,7 +4,7 @@ Danger: torch's matrix library takes another path for a single matrix, so a batc
 `MINIMUM_SLOTS`; a lone field shares the batch with an idle slot, so that its result stays the same.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,14 +12,14 @@ from torch import Tensor
 from nfscale.engine.calibrate import Calibration
 from nfscale.engine.dispatch import PLAIN, Step
 from nfscale.engine.problem import FieldProblem
-from nfscale.engine.sampling import Sampler, selected
+from nfscale.engine.sampling import Sampler, fetched, fetched_steps, selected
 from nfscale.engine.step import training_samples
 from nfscale.fields import Field
 from nfscale.layout import Params
 from nfscale.optim import Extra, Optimizer, Solver
 from nfscale.optim.base import State
 from nfscale.rng import Stream, rademacher
-from nfscale.signals import Samples, Signal
+from nfscale.signals import Samples, Signal, Source
 
 MINIMUM_SLOTS = 2
 _ROWS = "rows"
@@ -34,6 +34,8 @@ class Slot:
 
     id: str
     seed: int
+    source: Source | None = None
+    """Where the datum's samples stay, if they are not in the batch."""
     restarts: int = 0
     step: int = 0
     wall_seconds: float = 0.0
@@ -43,9 +45,18 @@ class Slot:
     history_step: list[int] = field(default_factory=list)
     history_quality: list[float] = field(default_factory=list)
 
+    @property
+    def rate(self) -> float:
+        """Factor on the learning rate: halved for each restart."""
+        return 0.5**self.restarts
+
+    def copied(self) -> "Slot":
+        """A record of its own."""
+        return replace(self, history_step=[*self.history_step], history_quality=[*self.history_quality])
+
     def restarted(self) -> "Slot":
         """The same datum before its first step, one restart later."""
-        return Slot(self.id, self.seed, self.restarts + 1, wall_seconds=self.wall_seconds)
+        return Slot(self.id, self.seed, self.source, self.restarts + 1, wall_seconds=self.wall_seconds)
 
 
 class Batch:
@@ -68,7 +79,9 @@ class Batch:
         self.calibration, self.step = calibration, step
         self.rows, self.samples, self.seeds, self.slots = rows, samples, seeds, slots
         self.presented = _without_measured(samples).map(torch.clone) if sampler.selects else samples
-        """What steps draw from: the samples, or those of them that `select` chose."""
+        """What steps draw from: the samples; those of them that `select` chose; or what was fetched for a few steps."""
+        self.drawing = sampler
+        """How steps draw from it."""
         self.best_rows = rows.clone()
         self.steps = torch.zeros(len(slots), dtype=torch.int64, device=rows.device)
         self.rate = torch.ones(len(slots), dtype=torch.float32, device=rows.device)
@@ -102,12 +115,20 @@ class Batch:
 
     def data(self) -> list[tuple[str, Samples]]:
         """The data in the occupied slots, as they were put in."""
-        return [(self.slot(index).id, self.samples.map(lambda t, i=index: t[i].cpu())) for index in self.occupied]
+        return [
+            (slot.id, replace(self.samples.map(lambda t, i=index: t[i].cpu()), source=slot.source))
+            for index, slot in ((index, self.slot(index)) for index in self.occupied)
+        ]
 
     def remember(self, indices: list[int]) -> None:
         """Keep the current params of these slots as their best."""
         if indices:
             self.best_rows[indices] = self.rows[indices]
+
+    def back_to_best(self, indices: list[int]) -> None:
+        """Go on from the best params of these slots; the optimiser's memory stays."""
+        if indices:
+            self.rows[indices] = self.best_rows[indices]
 
     def select(self, indices: list[int], errors: Tensor) -> None:
         """Choose what the steps of these slots draw from until the next check, by the errors [len(indices), N]."""
@@ -120,13 +141,25 @@ class Batch:
         )
 
     def advance(self, count: int) -> None:
-        """`count` steps of every slot; nothing here waits for the device, but solvers do."""
+        """`count` steps of every slot; nothing here waits for the device, but solvers and data in files do."""
+        sources = [None if slot is None else slot.source for slot in self.slots]
+        there = next((source for source in sources if source is not None), None)
+        if there is None:
+            self._advance(count)
+            return
+        at_once = fetched_steps(self.sampler, self.samples, count, self._cadence)
+        for _ in range(0, count, at_once):
+            every = [source or there for source in sources]  # an idle slot steps with whatever there is
+            self.presented, self.drawing = fetched(every, self.sampler, self.seeds, self.steps, at_once)
+            self._advance(at_once)
+
+    def _advance(self, count: int) -> None:
         if self.step.advance is not None:
             self.step.advance(
                 self.field,
                 self.optimizer,
                 self.calibration,
-                self.sampler,
+                self.drawing,
                 self.rows,
                 self.state,
                 self.presented,
@@ -141,8 +174,8 @@ class Batch:
         positions, diagonal, step_rms = None, None, None
         for index in range(count):
             place = index % _DRAWN_STEPS
-            if place == 0 and not self.sampler.is_full:
-                positions = self.sampler.positions(self.seeds, self.steps, min(_DRAWN_STEPS, count - index))
+            if place == 0 and not self.drawing.is_full:
+                positions = self.drawing.positions(self.seeds, self.steps, min(_DRAWN_STEPS, count - index))
             drawn = None if positions is None else positions[:, place]
             part = training_samples(self.signal, self.presented, drawn, self.seeds, self.steps)
             if isinstance(self.optimizer, Solver):
@@ -195,7 +228,7 @@ class Batch:
         self.rows[index] = row
         self.best_rows[index] = row
         self.steps[index] = 0
-        self.rate[index] = 0.5**slot.restarts
+        self.rate[index] = slot.rate
         fresh = self._begun(self.rows[index : index + 1])
         _assign(self.state, fresh, index)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nfscale.engine.dispatch import StepName, chosen
 from nfscale.engine.result import Stop
-from nfscale.engine.sampling import Sampler, Sampling
+from nfscale.engine.sampling import DRAWN_IN_FULL, Sampler, Sampling, fetched, fetched_steps
 from nfscale.engine.step import evaluate, stack_samples, training_samples
 from nfscale.fields import Field, theta0_of
 from nfscale.optim import Regularized
@@ -76,13 +76,14 @@ def calibrate(
         samples, sampling, step: as in `fit`; sampling="error" is here "stratified".
 
     Raises:
-        ValueError: if the data have different sample counts, or there are none; if the optimiser is not ESGD.
+        ValueError: if the data have different sample counts, or there are none, or steps cannot take all of their
+            samples; if the optimiser is not ESGD.
     """
     optimizer = optimizer.inner if isinstance(optimizer, Regularized) else optimizer  # type: ignore[assignment]
     if not isinstance(optimizer, ESGD):
         raise ValueError(f"a calibration is for ESGD, not for {type(optimizer).__name__}")
     data = [(datum_id, replace(part, heldout=None)) for datum_id, part in data]
-    counts = sorted({len(part.values) for _, part in data})
+    counts = sorted({part.count for _, part in data})
     if len(counts) != 1:
         raise ValueError(f"a calibration takes data of one sample count, got counts {counts}")
     if len({part.kind for _, part in data}) != 1:
@@ -93,6 +94,10 @@ def calibrate(
     batch = stack_samples([part for _, part in data], device)
     seeds = as_tensor([datum_seed(seed, datum_id) for datum_id, _ in data], device)
     sampler = Sampler(counts[0], counts[0] if samples == "full" else samples, sampling)
+    if samples == "full" and any(part.source is not None for _, part in data):
+        raise ValueError(DRAWN_IN_FULL)
+    sources = [part.source for _, part in data if part.source is not None]
+    at_once = fetched_steps(sampler, batch, stop.cadence, optimizer.update_every) if sources else stop.cadence
     size = field.layout.size
     rows = (theta0_of(field, seed) if theta0 is None else theta0).to(device).repeat(len(seeds), 1)
     state = optimizer.init({"rows": rows})
@@ -101,10 +106,14 @@ def calibrate(
     diagonals, step_rms = [], []
     steps = torch.zeros(len(seeds), dtype=torch.int64, device=device)
     for first in range(0, stop.max_steps, stop.cadence):
-        positions = None if sampler.is_full else sampler.positions(seeds, steps, stop.cadence)
         for index in range(stop.cadence):
-            drawn = None if positions is None else positions[:, index]
-            part = training_samples(signal, batch, drawn, seeds, steps)
+            if index % at_once == 0:
+                presented, drawing = batch, sampler
+                if sources:
+                    presented, drawing = fetched(sources, sampler, seeds, steps, at_once)
+                positions = None if drawing.is_full else drawing.positions(seeds, steps, at_once)
+            drawn = None if positions is None else positions[:, index % at_once]
+            part = training_samples(signal, presented, drawn, seeds, steps)
             if (first + index) % optimizer.update_every == 0:
                 for repeat in range(_FIRST_PROBES if first + index == 0 else 1):
                     # A step has one probe; the extra probes at theta0 count down from -1.

@@ -6,11 +6,13 @@ so bit for bit: in native and torch steps always, in plain steps for widths that
 the matrix library picks its path by the alignment of a field's block, and results agree to rounding).
 """
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, ParamSpec, get_args
 
 import torch
 from torch import Tensor
@@ -21,14 +23,16 @@ from nfscale.engine.dispatch import Step, StepName, chosen
 from nfscale.engine.memory import batch_slots, estimated_field_bytes, is_out_of_memory, measured_field_bytes
 from nfscale.engine.problem import unsolvable
 from nfscale.engine.result import Fitted, Result, Stop
-from nfscale.engine.sampling import Sampler, Sampling
+from nfscale.engine.sampling import DRAWN_IN_FULL, Sampler, Sampling
+from nfscale.engine.snapshot import Snapshot, put_back, snapshot_of
 from nfscale.engine.step import evaluate, stack_samples
 from nfscale.fields import Field, theta0_of
-from nfscale.optim import Optimizer, Solver
+from nfscale.optim import Optimizer, Scheduled, Solver
 from nfscale.rng import as_tensor, datum_seed
 from nfscale.signals import Samples, Signal
 from nfscale.signals.base import Kind
 
+_Keys = ParamSpec("_Keys")
 _FALLEN = 10.0
 """A field has diverged when its loss is this many times its best, and within the same factor of its start:
 lost for good, while a spike of a field that is already good recovers as the learning rate decays."""
@@ -37,6 +41,12 @@ lost for good, while a spike of a field that is already good recovers as the lea
 SELECTS_WITHOUT_CHECK = (
     "sampling=error goes by the errors that checks see, and data of this kind are checked on samples that no step "
     "takes; use sampling=stratified"
+)
+
+
+LADDER_IS_NO_PLATEAU = (
+    "each budget of a ladder (first_steps) begins with a loss of quality, which plateau_checks take for a plateau; "
+    "use one of the two"
 )
 
 
@@ -54,9 +64,11 @@ class Check:
     """By the clock, of these steps."""
     check_seconds: float = 0.0
     """By the clock, of measuring the slots after them."""
+    snapshot: Callable[[], Snapshot] | None = field(default=None, compare=False, repr=False)
+    """The fields that go on, as they are now: to be called before the next field or check comes out."""
 
 
-def fit(
+def fit_and_checks(
     field: Field,
     signal: Signal,
     data: Iterable[tuple[str, Samples]],
@@ -73,8 +85,9 @@ def fit(
     device: torch.device | str | None = None,
     clock: Callable[[], float] | None = None,
     observe: Callable[[Check], None] | None = None,
-) -> Iterator[Fitted]:
-    """Fit one field to each datum; fields come out in the order in which they finish.
+    resume: Snapshot | None = None,
+) -> Iterator[Fitted | Check]:
+    """Fit one field to each datum; fields come out in the order in which they finish, and among them each check.
 
     Args:
         data: (id, samples) pairs, read as slots free up. Data of one kind share a batch: equal counts of samples, of
@@ -91,6 +104,7 @@ def fit(
             rounding.
         clock: seconds, for `wall_seconds`; without one they stay 0.
         observe: called after each check.
+        resume: fields that go on from where a check had them; data that are not among them start as ever.
 
     Raises:
         ValueError: if the optimiser needs a calibration and none is given, the step cannot serve what it is given,
@@ -117,9 +131,23 @@ def fit(
         device=device,
         clock=clock or (lambda: 0.0),
         observe=observe or (lambda check: None),
+        resume=resume,
         capacities={},
     )
     return loop.run_all(_Queue(data))
+
+
+def _without_checks(both: Callable[_Keys, Iterator[Fitted | Check]]) -> Callable[_Keys, Iterator[Fitted]]:
+    def fit(*args: _Keys.args, **keys: _Keys.kwargs) -> Iterator[Fitted]:
+        return (event for event in both(*args, **keys) if isinstance(event, Fitted))
+
+    functools.update_wrapper(fit, both)
+    fit.__name__ = fit.__qualname__ = "fit"
+    fit.__doc__ = (both.__doc__ or "").replace(", and among them each check", "")
+    return fit
+
+
+fit = _without_checks(fit_and_checks)
 
 
 def _refuse_unsolvable(solver: Solver, field: Field, signal: Signal, samples: int | Literal["full"]) -> None:
@@ -149,6 +177,13 @@ def _refuse_bad(
     every = getattr(optimizer, "update_every", 1)
     if optimizer.needs & {"hv", "cadence"} and stop.max_steps > stop.cadence and stop.cadence % every:
         raise ValueError(f"check_every={stop.check_every} is not a multiple of the optimiser's update_every={every}")
+    first = optimizer.schedule.first_steps if isinstance(optimizer, Scheduled) else None
+    if first is None:
+        return
+    if first % stop.cadence:
+        raise ValueError(f"the schedule's first_steps={first} is not a multiple of check_every={stop.check_every}")
+    if stop.plateau_checks is not None:
+        raise ValueError(LADDER_IS_NO_PLATEAU)
 
 
 def _shared_start(
@@ -220,20 +255,23 @@ class _Loop:
     device: torch.device
     clock: Callable[[], float]
     observe: Callable[[Check], None]
+    resume: Snapshot | None
     capacities: dict[Kind, int]
     """Slots by kind of data, once they are known; fewer where those turned out to be too many."""
 
-    def run_all(self, queue: _Queue) -> Iterator[Fitted]:
+    def run_all(self, queue: _Queue) -> Iterator[Fitted | Check]:
         """Fit all data, one kind after the other."""
         while (kind := queue.most_waiting()) is not None:
             yield from self.run(queue, kind)
 
-    def run(self, queue: _Queue, kind: Kind) -> Iterator[Fitted]:
+    def run(self, queue: _Queue, kind: Kind) -> Iterator[Fitted | Check]:
         """Fit data of one kind until no more of them wait."""
         available = kind.count
         sampler = Sampler(available, available if self.samples == "full" else self.samples, self.sampling)
         if sampler.selects and kind.check is not None:
             raise ValueError(SELECTS_WITHOUT_CHECK)
+        if kind.is_drawn and self.samples == "full":
+            raise ValueError(DRAWN_IN_FULL)
         if isinstance(self.optimizer, Solver):
             residuals = min(sampler.per_step, available) * self.signal.channels
             if why := self.optimizer.too_large(self.field.layout.size, residuals):
@@ -241,7 +279,7 @@ class _Loop:
         capacity = self.capacities.get(kind) or self._capacity(queue.next_of(kind), sampler)
         self.capacities[kind] = capacity
         batch = self._new_batch(queue, kind, sampler, capacity)
-        self._look(batch, batch.occupied)
+        self._begin(batch, batch.occupied)
         while batch.occupied:
             before, active = self.clock(), batch.occupied
             try:
@@ -256,13 +294,13 @@ class _Loop:
                 queue.put_back(kind, batch.data())
                 del batch
                 batch = self._new_batch(queue, kind, sampler, capacity)
-                self._look(batch, batch.occupied)
+                self._begin(batch, batch.occupied)
                 continue
             after = self.clock()
             share = (after - before) / len(active)
             for index in active:
                 batch.slot(index).wall_seconds += share
-            fresh, leaving = [], []
+            fresh, leaving, climbing = [], [], []
             for index in active:
                 verdict = self._verdict(batch.slot(index), *measured[index])
                 if verdict is Result.DIVERGED and batch.slot(index).restarts < self.stop.max_restarts:
@@ -271,12 +309,24 @@ class _Loop:
                     fresh.append(index)
                 elif verdict is not None:
                     leaving.append((index, verdict))
+                elif batch.slot(index).step in self._rungs:
+                    climbing.append(index)
+            batch.back_to_best(climbing)
             yield from self._leave(batch, leaving)
             taken = len(active) * self.stop.cadence
-            self.observe(Check(len(active), len(leaving), taken, self.step.name, between - before, after - between))
-            fresh += self._refill(batch, queue, kind, capacity)
+            seconds = between - before, after - between
+            snapshot = functools.partial(snapshot_of, batch)
+            check = Check(len(active), len(leaving), taken, self.step.name, *seconds, snapshot)
+            self.observe(check)
+            yield check
             self._look(batch, fresh)
+            self._begin(batch, self._refill(batch, queue, kind, capacity))
             self._compact(batch)
+
+    @cached_property
+    def _rungs(self) -> frozenset[int]:
+        """The steps after which a budget of a ladder ends and the next one begins."""
+        return frozenset(self.optimizer.schedule.budgets[:-1] if isinstance(self.optimizer, Scheduled) else ())
 
     def _advance(self, batch: Batch, active: list[int]) -> None:
         """To the next check."""
@@ -304,7 +354,9 @@ class _Loop:
         return self._batch_of(taken, sampler)
 
     def _batch_of(self, data: list[tuple[str, Samples]], sampler: Sampler) -> Batch:
-        slots: list[Slot | None] = [Slot(datum_id, datum_seed(self.seed, datum_id)) for datum_id, _ in data]
+        slots: list[Slot | None] = [
+            Slot(datum_id, datum_seed(self.seed, datum_id), samples.source) for datum_id, samples in data
+        ]
         idle = max(0, MINIMUM_SLOTS - len(data))
         slots += [None] * idle
         data = data + data[:1] * idle
@@ -333,13 +385,38 @@ class _Loop:
             field_bytes = None
         return batch_slots(field_bytes or estimated_field_bytes(self.field, self.signal, sampler), self.device)
 
+    def _begin(self, batch: Batch, indices: list[int]) -> None:
+        """Look at data that have come into these slots; those that a snapshot has go on from there."""
+        gone_on: list[int] = []
+        snapshot = self.resume
+        for index in indices:
+            if snapshot is None:
+                break
+            place = snapshot.place(batch.slot(index).id)
+            if place is not None and snapshot.slots[place].history_step:
+                put_back(batch, index, snapshot, place)
+                gone_on.append(index)
+            elif place is not None:  # it had just been restarted
+                slot = snapshot.slots[place].copied()
+                batch.reset(index, slot, self._start_row(slot.id))
+        self._look(batch, [index for index in indices if index not in gone_on])
+        if batch.sampler.selects and gone_on:
+            which = _padded(gone_on, len(batch.slots))
+            errors = self._errors(batch, which)
+            evaluate(self.field, self.signal, batch.rows, batch.samples, which, self.step.apply, errors)
+            batch.select(gone_on, errors[: len(gone_on)])
+
+    @staticmethod
+    def _errors(batch: Batch, which: list[int] | None) -> Tensor:
+        """Where the errors of samples are put: [F, N]."""
+        return batch.samples.values.new_empty((len(which or batch.slots), batch.samples.values.shape[1]))
+
     def _look(self, batch: Batch, indices: list[int]) -> dict[int, tuple[float, float]]:
         """Measure these slots over all their samples, note it, and keep the params that are best so far."""
         if not indices:
             return {}
         which = _padded(indices, len(batch.slots))
-        errors = batch.samples.values.new_empty((len(which or batch.slots), batch.samples.values.shape[1]))
-        errors = errors if batch.sampler.selects else None
+        errors = self._errors(batch, which) if batch.sampler.selects else None
         measured = evaluate(self.field, self.signal, batch.rows, batch.samples, which, self.step.apply, errors)
         loss, quality = (t.tolist() for t in measured)
         if errors is not None and (moved := [n for n, index in enumerate(indices) if batch.slot(index).step]):
@@ -414,7 +491,7 @@ class _Loop:
             if occupant is not None or (datum := queue.take(kind, lookahead)) is None:
                 continue
             datum_id, samples = datum
-            slot = Slot(datum_id, datum_seed(self.seed, datum_id))
+            slot = Slot(datum_id, datum_seed(self.seed, datum_id), samples.source)
             batch.fill(index, slot, self._start_row(datum_id), samples)
             filled.append(index)
         return filled

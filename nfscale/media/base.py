@@ -3,10 +3,23 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 Beside = Callable[[str], BinaryIO]
 """Opens another file of the dataset by its path relative to the one that is read; raises OSError or ValueError."""
+
+
+@runtime_checkable
+class Listing(Protocol):
+    """A `Beside` of a folder that can be listed."""
+
+    def __call__(self, relative: str, /) -> BinaryIO: ...
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files in a folder, by its path relative to the file that is read; sorted, none of what is not
+        there."""
+        ...
+
 
 Decode = Callable[[str], Any]
 """A datum out of its weights at another shape, written as `nfscale decode --shape` takes it."""

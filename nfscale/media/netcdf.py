@@ -1,4 +1,8 @@
-"""Maps in NetCDF files: which variables are maps, and one map at a time out of them. Needs netCDF4.
+"""Maps in NetCDF files: which variables are maps, and one datum at a time out of them. Needs netCDF4.
+
+A datum is one map, or the maps at all times as one (`time=True`), or those of all levels as its channels
+(`levels=True`): what climate centres write of GRIB has variables of time, level and member beside latitude and
+longitude. Axes are known by their units and standard names; where a file has none, by the usual names.
 
 Files come from strangers:
 
@@ -15,8 +19,8 @@ import os
 import struct
 import tempfile
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from nfscale.errors import CallerError
-from nfscale.signals.sphere import SphereMap
+from nfscale.signals.sphere import Origin, SphereMap
 
 MAX_VALUES = 64 << 20
 """Of one map, over its channels: as many as pixels of an image."""
@@ -35,6 +39,12 @@ _LONGEST_AXIS = 1 << 20  # of latitudes or longitudes: a step of 40 metres aroun
 _LATITUDE_UNITS = {"degrees_north", "degree_north", "degree_n", "degrees_n", "degreen", "degreesn"}
 _LONGITUDE_UNITS = {"degrees_east", "degree_east", "degree_e", "degrees_e", "degreee", "degreese"}
 _LATITUDE_NAMES, _LONGITUDE_NAMES = {"lat", "latitude"}, {"lon", "long", "longitude"}
+_LEVEL_NAMES = {
+    *("level", "levels", "lev", "plev", "pressure", "pressure_level", "isobaricinhpa", "isobaricinpa", "hybrid"),
+    *("depth", "height", "altitude", "heightaboveground", "model_level", "theta", "pv"),
+}
+_LEVEL_STANDARDS = {"air_pressure", "depth", "height", "altitude", "model_level_number", "air_potential_temperature"}
+_PRESSURE_UNITS = {"hpa", "pa", "millibar", "millibars", "mbar", "mb", "bar"}
 _ABSURD_BYTES = 1 << 50  # behind the end of any file
 _CLASSIC_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 4, 6: 8, 7: 1, 8: 2, 9: 4, 10: 8, 11: 8}  # of a value, by type
 
@@ -67,6 +77,10 @@ class Plane:
     longitude: str
     lengths: tuple[int, ...]
     """Maps along each of `others`; empty where the variable is one map."""
+    time: tuple[int, str] | None = None
+    """Position of the axis along which a datum has several times, and the variable with them."""
+    level: tuple[int, str] | None = None
+    """Position of the axis whose levels are channels of a datum, and the variable with them."""
 
     @property
     def maps(self) -> int:
@@ -105,7 +119,7 @@ class MapFile:
         return found
 
     def _plane(self, name: str, variable: Any) -> Plane | None:
-        if getattr(variable.dtype, "kind", "text") not in ("i", "u", "f") or len(variable.dimensions) < 2:
+        if not _is_numeric(variable) or len(variable.dimensions) < 2:
             return None
         rows = self._axis(variable.dimensions, self._named[0], _is_latitude)
         columns = self._axis(variable.dimensions, self._named[1], _is_longitude)
@@ -152,8 +166,45 @@ class MapFile:
                 )
         return planes
 
+    def together(self, plane: Plane, time: bool = False, levels: bool = False) -> Plane:
+        """The plane whose data take in all times, or all levels.
+
+        Raises:
+            ValueError: if the variable has no such axis.
+        """
+        found: dict[str, Any] = {}
+        for wanted, key, named in ((time, "time", self._time_of), (levels, "level", self._levels_of)):
+            along = [(axis, name) for axis in plane.others if wanted and (name := named(plane, axis)) is not None]
+            if wanted and not along:
+                there = list(self._file.variables[plane.name].dimensions)
+                raise ValueError(f"the variable {plane.name!r} has no axis of {key}s among its dimensions {there}")
+            found |= {key: along[0]} if along else {}
+        taken = [axis for axis, _ in found.values()]
+        kept = [(axis, n) for axis, n in zip(plane.others, plane.lengths, strict=True) if axis not in taken]
+        return replace(plane, others=tuple(axis for axis, _ in kept), lengths=tuple(n for _, n in kept), **found)
+
+    def _along(self, plane: Plane, axis: int) -> list[str]:
+        """Variables with a number for each place of an axis, the one of its name first."""
+        dimension = self._file.variables[plane.name].dimensions[axis]
+        along = [n for n, v in self._file.variables.items() if v.dimensions == (dimension,) and _is_numeric(v)]
+        return sorted(along, key=lambda name: name != dimension)
+
+    def _time_of(self, plane: Plane, axis: int) -> str | None:
+        """The variable with the times along an axis, or None."""
+        return next((name for name in self._along(plane, axis) if " since " in (self.text(name, "units") or "")), None)
+
+    def _levels_of(self, plane: Plane, axis: int) -> str | None:
+        """The variable with the levels along an axis, or None."""
+        return next((name for name in self._along(plane, axis) if self._is_level(name)), None)
+
+    def _is_level(self, name: str) -> bool:
+        variable = self._file.variables[name]
+        said = {key: str(getattr(variable, key, "")).strip().lower() for key in ("units", "standard_name", "axis")}
+        is_named = name.lower() in _LEVEL_NAMES or said["standard_name"] in _LEVEL_STANDARDS
+        return is_named or said["axis"] == "z" or said["units"] in _PRESSURE_UNITS or hasattr(variable, "positive")
+
     def read(self, planes: Sequence[Plane], place: int, missing: float | None = None) -> SphereMap:
-        """One map, by its place among the maps of these planes: no more is read.
+        """One datum, by its place among those of these planes: no more is read.
 
         Args:
             missing: a value that means missing, beside those that the file declares.
@@ -164,12 +215,15 @@ class MapFile:
         first = planes[0]
         shape = self._file.variables[first.name].shape
         height, width = int(shape[first.rows]), int(shape[first.columns])
-        if height * width * len(planes) > MAX_VALUES or max(height, width) > _LONGEST_AXIS:
+        whole = [one[0] for one in (first.time, first.level) if one is not None]
+        several = math.prod(int(shape[axis]) for axis in whole)
+        if several * height * width * len(planes) > MAX_VALUES or max(height, width, several) > _LONGEST_AXIS:
             raise ValueError(
-                f"too large: a map of {height} x {width} cells, at most {MAX_VALUES:,} values are read at once"
+                f"too large: {'a map' if not whole else f'{several} maps'} of {height} x {width} cells, at most "
+                f"{MAX_VALUES:,} values are read at once"
             )
-        if not height * width:
-            raise ValueError(f"a map without cells: {height} x {width}")
+        if not several * height * width:
+            raise ValueError(f"a map without cells: {several} of {height} x {width}")
         for variable in (self._file.variables[plane.name] for plane in planes):
             pieces = variable.chunking()
             if isinstance(pieces, list) and math.prod(pieces) * variable.dtype.itemsize > _PIECE_BYTES:
@@ -183,21 +237,43 @@ class MapFile:
             warnings.simplefilter("ignore")  # on attributes that make no sense, which netCDF4 then ignores
             try:
                 latitude, longitude = (self._filled(name, slice(None)) for name in (first.latitude, first.longitude))
-                channels = [self._filled(plane.name, tuple(index)) for plane in planes]
+                found = [self._filled(plane.name, tuple(index)) for plane in planes]
+                times = None if first.time is None else self._filled(first.time[1], slice(None))
+                levels = None if first.level is None else self._filled(first.level[1], slice(None))
             except Exception as error:  # whatever the library makes of damaged content
                 raise ValueError(f"cannot be read from the file: {_told(error)}") from error
-            values = np.stack(channels, axis=-1).astype(np.float32)
-        if first.rows > first.columns:
-            values = values.swapaxes(0, 1)
+            left = sorted([*whole, first.rows, first.columns])  # the axes of what was read
+            order = [first.rows, first.columns]
+            order = order if first.time is None else [first.time[0], *order]
+            order = order if first.level is None else [*order, first.level[0]]
+            channels = [one.transpose([left.index(axis) for axis in order]) for one in found]
+            channels = [one if first.level is not None else one[..., None] for one in channels]
+            values = np.concatenate(channels, axis=-1).astype(np.float32)
         if missing is not None:
             values[np.isclose(values, np.float32(missing), rtol=1e-6, atol=0)] = np.nan
-        return SphereMap(
-            np.ascontiguousarray(values),
-            latitude,
-            longitude,
-            tuple(plane.name for plane in planes),
-            tuple(self.text(plane.name, "units") or "1" for plane in planes),
-        )
+        origin = self._origin(planes, levels)
+        names = origin.variables
+        if origin.levels is not None:
+            names = tuple(f"{name}_{level:g}" for name, level in zip(names, origin.levels, strict=True))
+        units = tuple(self.text(name, "units") or "1" for name in origin.variables)
+        values = np.ascontiguousarray(values)
+        return SphereMap(values, latitude, longitude, names, units, times=times, origin=origin)
+
+    def _origin(self, planes: Sequence[Plane], levels: np.ndarray | None) -> Origin:
+        """What the file calls the parts of a datum."""
+        first = planes[0]
+        dimensions = self._file.variables[first.name].dimensions
+        each = 1 if levels is None else len(levels)
+        said: dict[str, Any] = {"latitude": first.latitude, "longitude": first.longitude}
+        if levels is not None and first.level is not None:
+            axis, name = first.level
+            said |= {"level": dimensions[axis], "levels": tuple(map(float, levels)) * len(planes)}
+            said["level_units"] = self.text(name, "units") or "1"
+        if first.time is not None:
+            axis, name = first.time
+            said |= {"time": dimensions[axis], "time_units": self.text(name, "units")}
+            said["calendar"] = self.text(name, "calendar") or "standard"
+        return Origin(tuple(plane.name for plane in planes for _ in range(each)), **said)
 
     def _filled(self, name: str, index: Any) -> np.ndarray:
         """Values in their unit: float64 or float32, NaN where the file says missing."""
@@ -213,15 +289,13 @@ class MapFile:
         """Which of the plane's `others` is time, and the month (1 to 12) at each of its places; None without one."""
         netcdf4 = library()
         for position, axis in enumerate(plane.others):
-            dimension = self._file.variables[plane.name].dimensions[axis]
-            variable = self._file.variables.get(dimension)
-            units = None if variable is None or variable.dimensions != (dimension,) else self.text(dimension, "units")
-            if units is None or " since " not in units or plane.lengths[position] > _LONGEST_AXIS:
+            name = self._time_of(plane, axis)
+            if name is None or plane.lengths[position] > _LONGEST_AXIS:
                 continue
-            calendar = self.text(dimension, "calendar") or "standard"
+            units, calendar = self.text(name, "units"), self.text(name, "calendar") or "standard"
             with warnings.catch_warnings(), contextlib.suppress(Exception):  # no label is better than no data
                 warnings.simplefilter("ignore")  # on a year zero, which climatologies count from
-                dates = netcdf4.num2date(self._filled(dimension, slice(None)), units, calendar, has_year_zero=True)
+                dates = netcdf4.num2date(self._filled(name, slice(None)), units, calendar, has_year_zero=True)
                 return position, [int(date.month) for date in np.atleast_1d(dates)]
         return None
 
@@ -235,30 +309,86 @@ def joined(maps: Sequence[SphereMap]) -> SphereMap:
 
 
 def to_bytes(content: SphereMap) -> bytes:
-    """A NetCDF file with coordinates, units and names by the CF conventions."""
-    netcdf4 = library()
+    """A NetCDF file with coordinates, units and names by the CF conventions.
+
+    Variables, levels and times are called what they are called in the file that the maps came from.
+    """
+    origin = content.origin
+    if origin is not None and (content.times is not None or origin.levels is not None):
+        return _written(lambda file: _write_as_came(file, content, origin))
     channels = content.values.shape[2]
     names = content.names or (("value",) if channels == 1 else tuple(f"value_{n}" for n in range(channels)))
     units = content.units or ("1",) * channels
+
+    def write(file: Any) -> None:
+        _write_grid(file, content, "lat", "lon")
+        for channel, unit in enumerate(units):
+            name = _variable_name(names[channel], set(file.variables))
+            variable = _new_map(file, name, ("lat", "lon"))
+            variable.setncatts({"units": unit, "long_name": names[channel]})
+            variable[:] = content.values[:, :, channel]
+
+    return _written(write)
+
+
+def _written(write: Callable[[Any], None]) -> bytes:
+    """A file that is filled by a function."""
     with tempfile.TemporaryDirectory(prefix="nfscale-") as folder:
         path = Path(folder) / "maps.nc"
-        with netcdf4.Dataset(os.fspath(path), "w", format="NETCDF4") as file:
+        with library().Dataset(os.fspath(path), "w", format="NETCDF4") as file:
             file.setncatts({"Conventions": "CF-1.8", "source": "decoded from a neural field by nfscale"})
-            for name, standard, unit, axis, values in (
-                ("lat", "latitude", "degrees_north", "Y", content.latitude),
-                ("lon", "longitude", "degrees_east", "X", content.longitude),
-            ):
-                file.createDimension(name, len(values))
-                variable = file.createVariable(name, "f8", (name,))
-                variable.setncatts({"standard_name": standard, "long_name": standard, "units": unit, "axis": axis})
-                variable[:] = values
-            for channel, unit in enumerate(units):
-                name = _variable_name(names[channel], set(file.variables))
-                fill = np.float32(np.nan)
-                variable = file.createVariable(name, "f4", ("lat", "lon"), fill_value=fill, compression="zlib")
-                variable.setncatts({"units": unit, "long_name": names[channel]})
-                variable[:] = content.values[:, :, channel]
+            write(file)
         return path.read_bytes()
+
+
+def _write_grid(file: Any, content: SphereMap, latitude: str, longitude: str) -> None:
+    for name, standard, unit, axis, values in (
+        (latitude, "latitude", "degrees_north", "Y", content.latitude),
+        (longitude, "longitude", "degrees_east", "X", content.longitude),
+    ):
+        attributes = {"standard_name": standard, "long_name": standard, "units": unit, "axis": axis}
+        _write_axis(file, name, values, attributes)
+
+
+def _write_axis(file: Any, name: str, values: np.ndarray, attributes: dict[str, str]) -> None:
+    file.createDimension(name, len(values))
+    variable = file.createVariable(name, "f8", (name,))
+    variable.setncatts(attributes)
+    variable[:] = values
+
+
+def _new_map(file: Any, name: str, dimensions: tuple[str, ...]) -> Any:
+    return file.createVariable(name, "f4", dimensions, fill_value=np.float32(np.nan), compression="zlib")
+
+
+def _write_as_came(file: Any, content: SphereMap, origin: Origin) -> None:
+    """[time, level, latitude, longitude], of these those that there are."""
+    taken: set[str] = set()
+    latitude, longitude, time, level = (
+        _taking(name, taken) for name in (origin.latitude, origin.longitude, origin.time, origin.level)
+    )
+    _write_grid(file, content, latitude, longitude)
+    dimensions: tuple[str, ...] = ()
+    if content.times is not None:
+        said = {"units": origin.time_units or "1", "calendar": origin.calendar, "standard_name": "time", "axis": "T"}
+        _write_axis(file, time, content.times, said)
+        dimensions = (time,)
+    levels = None if origin.levels is None else list(dict.fromkeys(origin.levels))
+    if levels is not None:
+        _write_axis(file, level, np.array(levels), {"units": origin.level_units, "axis": "Z"})
+        dimensions = (*dimensions, level)
+    for name in dict.fromkeys(origin.variables):
+        channels = [place for place, one in enumerate(origin.variables) if one == name]
+        variable = _new_map(file, _taking(name, taken), (*dimensions, latitude, longitude))
+        variable.setncatts({"units": content.units[channels[0]] if content.units else "1", "long_name": name})
+        values = content.values[..., channels]
+        variable[:] = values[..., 0] if levels is None else np.moveaxis(values, -1, -3)
+
+
+def _taking(name: str, taken: set[str]) -> str:
+    found = _variable_name(name, taken)
+    taken.add(found)
+    return found
 
 
 def _variable_name(name: str, taken: set[str]) -> str:
@@ -268,6 +398,10 @@ def _variable_name(name: str, taken: set[str]) -> str:
     while plain in taken:
         plain += "_"
     return plain
+
+
+def _is_numeric(variable: Any) -> bool:
+    return getattr(variable.dtype, "kind", "text") in ("i", "u", "f")
 
 
 def _is_latitude(name: str, variable: Any) -> bool:

@@ -4,21 +4,25 @@ Files come from strangers: a gzip stream of kilobytes may hold gigabytes, and a 
 bounded and compared with what is there before an array is made.
 """
 
+import io
 import logging
 import math
+import os
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
 from nfscale.errors import CallerError
-from nfscale.signals.volume import Voxels
+from nfscale.signals.mapped import MAX_MAPPED
+from nfscale.signals.volume import MAX_CELLS, Voxels
 
 MAX_VALUES = 64 << 20
 """Of one volume: a head at half a millimetre."""
 
 _MOST_BYTES = 8 * MAX_VALUES + (1 << 20)  # of the file when it is unpacked
+_HEADER_BYTES = 540  # of the second version; the first has 348
 _GZIP = b"\x1f\x8b"
 _MILLIMETRES = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
 
@@ -72,6 +76,62 @@ def read_nifti(content: bytes) -> Voxels:
         raise ValueError(f"cannot be read: {type(error).__name__} {error}") from error
     affine = np.diag([unit, unit, unit, 1.0]) @ image.affine
     return Voxels(np.ascontiguousarray(values.T), affine)
+
+
+def mapped_nifti(stream: BinaryIO) -> Voxels | None:
+    """The volume of a .nii file with more cells than are held in memory, left in the file; None of any other file.
+
+    The stream is left at its start.
+
+    Raises:
+        ValueError: if the file is shorter than its header says.
+        CallerError: without nibabel.
+    """
+    start = stream.read(_HEADER_BYTES)
+    stream.seek(0)
+    size = int.from_bytes(start[:4], "little"), int.from_bytes(start[:4], "big")
+    if not lies_on_disk(stream) or not {348, 540} & set(size):
+        return None
+    nibabel = library()
+    form = nibabel.Nifti2Header if 540 in size else nibabel.Nifti1Header
+    try:
+        header = form.from_fileobj(io.BytesIO(start))
+        shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), int(header.get_data_offset())
+        slope, intercept = header.get_slope_inter()
+        unit = _MILLIMETRES[header.get_xyzt_units()[0]]
+        affine = np.diag([unit, unit, unit, 1.0]) @ header.get_best_affine()
+    except Exception:  # what reads small files says why
+        return None
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3 or dtype.kind not in "iuf" or not MAX_CELLS < math.prod(shape) <= MAX_MAPPED:
+        return None
+    values = mapped(stream, dtype, offset, shape, "F")
+    stored = (1.0, 0.0) if slope is None else (float(slope), float(intercept or 0.0))
+    return Voxels(values.T, affine, stored=stored)
+
+
+def lies_on_disk(stream: BinaryIO) -> bool:
+    """Whether a stream is a file that can be mapped."""
+    try:
+        stream.fileno()
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def mapped(
+    stream: BinaryIO, dtype: np.dtype, offset: int, shape: tuple[int, ...], order: Literal["C", "F"]
+) -> np.ndarray:
+    """An array in a file, read as it is looked at; it outlives the stream.
+
+    Raises:
+        ValueError: if the file is too short for it.
+    """
+    there, wanted = os.fstat(stream.fileno()).st_size, offset + math.prod(shape) * dtype.itemsize
+    if not 0 <= offset <= wanted <= there:
+        raise ValueError(f"truncated: it has {there:,} bytes, its header says {wanted:,}")
+    return np.memmap(stream, dtype, "r", offset, shape, order)  # type: ignore[call-overload]
 
 
 def _unpacked(content: bytes) -> bytes:

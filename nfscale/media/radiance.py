@@ -1,10 +1,16 @@
-"""Scenes: posed pictures in the layout of Blender's NeRF data in; views out, as pictures or an animation.
+"""Scenes: posed pictures in the layouts of Blender's NeRF data, COLMAP and LLFF in; views out, as pictures or moving.
 
-A scene is a folder with a JSON file of cameras and the pictures that it names. Two forms are read:
+A scene is a folder with a file of cameras, which is the datum, and the pictures that it is of. Four forms are read:
 
 - `transforms_train.json` with `transforms_test.json` beside it, as NeRF-synthetic has them. The test views are held
   back; of more than `MAX_TEST_VIEWS`, as many spread over them. `transforms_val.json` is not read.
 - `transforms.json` alone, as exporters write it: the signal chooses which views to hold back.
+- `images.bin` or `images.txt` of COLMAP, with `cameras` and `points3D` beside it and the pictures in `images`, where
+  tools put them: the scene's box is that of the points.
+- `poses_bounds.npy` of LLFF, with its pictures in `images` (or, smaller, `images_2`, `images_4`, `images_8`) by their
+  sorted names: the box is that of what the cameras see between their depths.
+
+There is no LPIPS among the measures: packages bring its small heads, and download the network below them.
 
 Files are hostile: names of pictures may lead anywhere, so they are only opened through `beside`, which stays inside the
 dataset, and are refused here already when they climb; counts and sizes are bounded before pictures are decoded.
@@ -19,8 +25,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from nfscale.media import pictures
-from nfscale.media.base import Beside, Decode, Panel
+from nfscale.media import colmap, llff, pictures
+from nfscale.media.base import Beside, Decode, Listing, Panel
 from nfscale.media.image import ImageMedium
 from nfscale.signals.radiance import Scene
 
@@ -37,13 +43,14 @@ _SMALLEST_SIDE = 192  # that a view is enlarged to on a page
 _COLUMNS = 8  # of a sheet of views
 _TURN_SECONDS = 4.0  # of an animation
 _TURN = "16x64x64"  # views around a scene on a page: a second to render at 16 points a ray
+_FEWEST_POINTS = 50  # of a reconstruction that say how far it reaches
 _DISTORTIONS = ("k1", "k2", "k3", "k4", "p1", "p2")
 
 
 class RadianceMedium:
     """Content: a `signals.Scene`; decoded: views [V, H, W, 3] in [0, 1]."""
 
-    suffixes = frozenset({"transforms.json", "transforms_train.json"})
+    suffixes = frozenset({"transforms.json", "transforms_train.json", "images.bin", "images.txt", "poses_bounds.npy"})
     written: tuple[str, ...] = (".png", ".gif", ".npy")
     panel_pixels = 160
     legend = (
@@ -52,13 +59,18 @@ class RadianceMedium:
     )
 
     def read(self, stream: BinaryIO, name: str, beside: Beside) -> Scene:
-        """The scene of a camera file; `name` says which of the two forms it is."""
+        """The scene of a camera file; `name` says which of the forms it is."""
+        last = PurePosixPath(name).name.lower()
+        if last in ("images.bin", "images.txt"):
+            return _of_colmap(stream, last, beside)
+        if last == "poses_bounds.npy":
+            return _of_llff(stream, beside)
         cameras = _cameras_of(stream)
         test: list[_Frame] = []
         if PurePosixPath(name).name == "transforms_train.json":
             try:
                 other = beside("transforms_test.json")
-            except OSError:
+            except FileNotFoundError:
                 other = None  # a scene without test views: the signal chooses some
             if other is not None:
                 with other:
@@ -128,7 +140,7 @@ class _Cameras:
 
     def angle(self, width: int) -> float:
         """Horizontal field of view in radians."""
-        return 2 * float(np.arctan(width / 2 / self.angle_or_focal)) if self.is_focal else self.angle_or_focal
+        return _angle(self.angle_or_focal, width) if self.is_focal else self.angle_or_focal
 
 
 def _cameras_of(stream: BinaryIO) -> _Cameras:
@@ -214,6 +226,96 @@ def _some_of(frames: Sequence[_Frame], most: int) -> list[_Frame]:
     return [frames[(2 * place + 1) * len(frames) // (2 * count)] for place in range(count)]
 
 
+# --- reconstructions
+
+_COLMAP_FOLDERS = ("../../images", "../images", "images", ".", "..", "../..")
+"""Where pictures lie, from the folder of the reconstruction: `sparse/0` of a project, `sparse` of undistorted ones."""
+_LLFF_FOLDERS = {1: "images", 2: "images_2", 4: "images_4", 8: "images_8"}
+_OUTLIERS = 1.0  # per cent of the points on either side of an axis: reconstructions have some anywhere
+_MARGIN = 1.1  # of the box, and one over it of the nearest depth: points are few, and lie within what they are of
+
+
+def _of_colmap(stream: BinaryIO, name: str, beside: Beside) -> Scene:
+    suffix = PurePosixPath(name).suffix
+    model = colmap.read_model(stream, suffix == ".txt", lambda what: beside(f"{what}{suffix}"))
+    used = {picture.camera for picture in model.pictures}
+    angles = [_angle(model.cameras[number].focal, model.cameras[number].width) for number in sorted(used)]
+    if max(angles) - min(angles) > 0.01 * min(angles):
+        raise ValueError("the pictures are of cameras with several fields of view; a scene has one")
+    names = [_path_of(picture.name, number) for number, picture in enumerate(model.pictures)]
+    folder = next((one for one in _COLMAP_FOLDERS if _is_there(beside, f"{one}/{names[0]}")), None)
+    if folder is None:
+        raise ValueError(f"the picture {names[0][:120]} is neither in images nor beside the reconstruction")
+    poses = np.stack([picture.pose for picture in model.pictures])
+    frames = [_Frame(f"{folder}/{one}", pose) for one, pose in zip(names, poses, strict=True)]
+    images = _pictures_of(frames, beside)
+    box, near = _reach_of_points(model.points, poses)
+    return Scene(images, poses, angles[0], np.zeros(len(frames), bool), box, near)
+
+
+def _of_llff(stream: BinaryIO, beside: Beside) -> Scene:
+    cameras = llff.read_cameras(stream)
+    if not isinstance(beside, Listing):
+        raise ValueError("poses_bounds.npy does not name its pictures, and there is no folder of them to list")
+    count, pixels = len(cameras.poses), len(cameras.poses) * cameras.height * cameras.width
+    folder, names = "", []
+    for shrunk, one in _LLFF_FOLDERS.items():
+        there = [name for name in beside.names(one) if PurePosixPath(name).suffix.lower() in ImageMedium.suffixes]
+        if there:
+            folder, names = one, there
+        if there and pixels / shrunk**2 <= MAX_SCENE_PIXELS:
+            break
+    if not names:
+        raise ValueError("there is no folder `images` with pictures beside poses_bounds.npy")
+    if len(names) != count:
+        raise ValueError(f"poses_bounds.npy has {count} cameras, and {folder} {len(names)} pictures")
+    frames = [_Frame(f"{folder}/{one}", pose) for one, pose in zip(names, cameras.poses, strict=True)]
+    images = _pictures_of(frames, beside)
+    box = _reach_of_depths(cameras)
+    near = float(cameras.depths[:, 0].min()) / _MARGIN
+    angle = _angle(cameras.focal, cameras.width)
+    return Scene(images, cameras.poses, angle, np.zeros(count, bool), box, near)
+
+
+def _angle(focal: float, width: float) -> float:
+    """Horizontal field of view in radians."""
+    return 2 * float(np.arctan(width / 2 / focal))
+
+
+def _is_there(beside: Beside, path: str) -> bool:
+    try:
+        beside(path).close()
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def _reach_of_points(points: np.ndarray, poses: np.ndarray) -> tuple[np.ndarray | None, float]:
+    """The box of points [K, 3] but for outliers, and the distance from the cameras at which the scene begins."""
+    if len(points) < _FEWEST_POINTS:
+        return None, 0.0
+    low, high = np.percentile(points, [_OUTLIERS, 100 - _OUTLIERS], axis=0)
+    sides = np.maximum(high - low, 1e-3 * (high - low).max() + 1e-9)  # of points in a plane
+    inside = points[((points >= low) & (points <= high)).all(axis=1)]
+    nearest = np.inf
+    for pose in poses:
+        depths = -(inside - pose[:3, 3]) @ pose[:3, 2]
+        ahead = depths[depths > 0]
+        nearest = min(nearest, np.percentile(ahead, _OUTLIERS) if len(ahead) else np.inf)
+    near = float(nearest) / _MARGIN if np.isfinite(nearest) else 0.0
+    return np.concatenate([(low + high) / 2, _MARGIN * sides / 2]), near
+
+
+def _reach_of_depths(cameras: llff.Cameras) -> np.ndarray:
+    """The box of what the cameras see between their depths."""
+    across, down = cameras.width / 2 / cameras.focal, cameras.height / 2 / cameras.focal
+    corners = np.array([[x * across, y * down, -1.0] for x in (-1, 1) for y in (-1, 1)])
+    reached = cameras.depths[:, :, None, None] * corners  # [V, 2, 4, 3]
+    world = np.einsum("vij,vdcj->vdci", cameras.poses[:, :3, :3], reached) + cameras.poses[:, None, None, :3, 3]
+    low, high = world.reshape(-1, 3).min(axis=0), world.reshape(-1, 3).max(axis=0)
+    return np.concatenate([(low + high) / 2, (high - low) / 2])
+
+
 # --- pictures
 
 
@@ -240,7 +342,7 @@ def _picture(frame: _Frame, number: int, beside: Beside) -> np.ndarray:
     """uint8 [H, W, 3 or 4]; grey becomes colour, and of 16 bits the upper eight stay."""
     try:
         stream = beside(frame.path)
-    except OSError as error:
+    except FileNotFoundError as error:
         raise ValueError(f"the picture of view {number} is missing: {frame.path[:120]}") from error
     try:
         with stream:

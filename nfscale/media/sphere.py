@@ -1,6 +1,7 @@
 """Maps on the sphere: NetCDF and equirectangular images in; NetCDF and PNG out; shown as maps in the data's unit."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -72,15 +73,24 @@ class SphereMedium:
         if not _same_grid(original, rebuilt):
             return {}
         weights = np.broadcast_to(cell_areas(original.latitude, original.longitude)[..., None], original.values.shape)
+        over = tuple(range(original.values.ndim - 1))  # the times, too
         error = (original.values.astype(np.float64) - rebuilt.values) ** 2
         present = ~np.isnan(error)
-        sums = np.where(present, error * weights, 0).sum(axis=(0, 1)), np.where(present, weights, 0).sum(axis=(0, 1))
+        sums = np.where(present, error * weights, 0).sum(axis=over), np.where(present, weights, 0).sum(axis=over)
         rmse = np.sqrt(sums[0] / sums[1])
         names = ["rmse"] if len(rmse) == 1 else [f"rmse_{name}" for name in _names(original)]
         return {name: float(value) for name, value in zip(names, rmse, strict=True)}
 
     def panels(self, original: SphereMap, rebuilt: SphereMap, decode: Decode) -> list[Panel]:
-        """Maps with colour bars in the data's unit, the channels below each other; what is missing, in both."""
+        """Maps with colour bars in the data's unit, the channels below each other; what is missing, in both.
+
+        Of maps at several times, the one in the middle.
+        """
+        if original.times is not None and rebuilt.times is not None:
+            place = len(original.times) // 2
+            when = f"{original.times[place]:.10g} {original.origin.time_units if original.origin else ''}"
+            shown = self.panels(original.at(place), rebuilt.at(place), decode)
+            return [replace(panel, caption=f"{panel.caption}, at {when}") for panel in shown]
         same = _same_grid(original, rebuilt)
         if same:
             rebuilt = _with_values(rebuilt, np.where(np.isnan(original.values), np.nan, rebuilt.values))
@@ -98,10 +108,11 @@ class SphereMedium:
 def coloured(content: SphereMap) -> np.ndarray:
     """A pixel for each cell, north up and west left: three channels as red, green and blue, others by a colour map.
 
+    Of maps at several times, the first.
     Channels of another number than one and three stand below each other. Missing cells are transparent.
     uint8 [H, W, 4].
     """
-    upright = _north_up(content)
+    upright = _north_up(content.at(0))
     values, ranges = upright.values, _ranges(upright)
     low, high = np.array(ranges).T
     scaled = np.nan_to_num(np.clip((values - low) / (high - low), 0, 1))
@@ -143,18 +154,18 @@ def _with_values(content: SphereMap, values: np.ndarray) -> SphereMap:
 
 
 def _names(content: SphereMap) -> tuple[str, ...]:
-    return content.names or tuple(f"channel_{channel}" for channel in range(content.values.shape[2]))
+    return content.names or tuple(f"channel_{channel}" for channel in range(content.values.shape[-1]))
 
 
 def _units(content: SphereMap) -> tuple[str, ...]:
-    return content.units or ("1",) * content.values.shape[2]
+    return content.units or ("1",) * content.values.shape[-1]
 
 
 def _ranges(content: SphereMap) -> list[tuple[float, float]]:
     """Of each channel, the run's, or what the map itself spans."""
     if content.ranges is not None:
         return list(content.ranges)
-    spans = [(float(np.nanmin(one)), float(np.nanmax(one))) for one in np.moveaxis(content.values, 2, 0)]
+    spans = [(float(np.nanmin(one)), float(np.nanmax(one))) for one in np.moveaxis(content.values, -1, 0)]
     return [(low, high if high > low else low + 1) for low, high in spans]
 
 

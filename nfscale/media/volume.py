@@ -1,7 +1,7 @@
 """Volumes: NIfTI, npy, stacks of slices in; NIfTI, npy and pictures of slices out; shown as slices.
 
 Inputs are hostile, and each bad file is a datum with a reason: sizes are compared with what is there before an array is
-made, and pickle is never read.
+made, and pickle is never read. A large .npy or .nii that lies on a disk is mapped, and read as its cells are drawn.
 """
 
 import math
@@ -15,7 +15,8 @@ from nfscale.media import nifti, pictures
 from nfscale.media.base import Beside, Decode, Panel
 from nfscale.media.image import ImageMedium
 from nfscale.media.stacks import read_pages, read_stack
-from nfscale.signals.volume import Voxels
+from nfscale.signals.mapped import MAX_MAPPED
+from nfscale.signals.volume import MAX_CELLS, Voxels
 
 _MOST_BYTES = 512 << 20  # of a file
 _NUMPY = b"\x93NUMPY"
@@ -42,6 +43,8 @@ class VolumeMedium:
         stream.seek(0)
         if start == _NUMPY:
             return _read_npy(stream)
+        if (mapped := nifti.mapped_nifti(stream)) is not None:
+            return mapped
         suffix = Path(name).suffix.lower()
         if suffix in _PAGED and (pages := read_pages(stream, nifti.MAX_VALUES)) is not None:
             return pages
@@ -120,6 +123,8 @@ def _read_npy(stream: BinaryIO) -> np.ndarray:
         if dtype.kind not in "biuf":
             raise ValueError(f"an array of {dtype}; volumes are integers or floats")
         count = math.prod(shape)
+        if MAX_CELLS < count <= MAX_MAPPED and nifti.lies_on_disk(stream):
+            return nifti.mapped(stream, dtype, stream.tell(), shape, "F" if fortran else "C")
         if count > nifti.MAX_VALUES:
             raise ValueError(f"too large: {list(shape)} values, at most {nifti.MAX_VALUES:,} are read")
         content = stream.read(count * dtype.itemsize)

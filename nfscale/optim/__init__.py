@@ -8,7 +8,7 @@ Adding an optimiser is one file here and one line in `OPTIMIZERS`; a solver, in 
 from nfscale.optim.adahessian import AdaHessian
 from nfscale.optim.adam import Adam
 from nfscale.optim.automatic import Automatic, Circumstances, automatic_kind
-from nfscale.optim.base import Extra, Optimizer
+from nfscale.optim.base import Extra, Optimizer, Scheduled
 from nfscale.optim.esgd import ESGD
 from nfscale.optim.esgd_max import ESGDMax
 from nfscale.optim.gauss_newton import GaussNewton
@@ -62,6 +62,7 @@ __all__ = [
     "Problem",
     "Regularized",
     "Schedule",
+    "Scheduled",
     "Shampoo",
     "Solver",
     "Spring",

@@ -66,6 +66,14 @@ class Optimizer(Protocol):
 
 
 @runtime_checkable
+class Scheduled(Protocol):
+    """An optimiser or a solver whose rate follows a schedule."""
+
+    @property
+    def schedule(self) -> Schedule: ...
+
+
+@runtime_checkable
 class SeveralRates(Protocol):
     """An optimiser that has not one learning rate for all params."""
 

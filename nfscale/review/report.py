@@ -5,7 +5,9 @@ most `_CANVASES`, each as large as a page shows it; plots are bins, quantiles an
 datum and no weights, see `gathered`.
 """
 
+import contextlib
 import io
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from nfscale.media.image import sides
 from nfscale.review.gathered import Gathered, gathered
 from nfscale.review.page import rendered
 from nfscale.review.sections import sections, summary_of, unit_of
+from nfscale.review.wholes import WholeShown, wholes
 from nfscale.store.run_folder import CONVERGENCE, JOB_FILE, REPORT, REVIEW_SUMMARY, WORST_TABLE, RunFolder
 from nfscale.store.schema import json_bytes
 from nfscale.store.table import WeightsTable
@@ -93,6 +96,9 @@ def _galleries(run: OpenRun, table: WeightsTable, rows: Gathered) -> dict[str, A
     drawn = {name: shown.data(rows.ids_at(fitted[list(at)])) for name, at in chosen.items()}
     galleries = [(name, [_figure(run, table, datum) for datum in found]) for name, found in drawn.items()]
     medium = run.medium
+    together = list(wholes(run, table, rows, _CANVASES))
+    if run.job.signal.kind != "image":
+        galleries = [*([("whole", [_figure(run, table, one) for one in together])] if together else []), *galleries]
     context: dict[str, Any] = {"galleries": galleries, "legend": medium.legend, "panel_pixels": medium.panel_pixels}
     context |= {"mosaic": None, "canvases": []}
     if run.job.signal.kind != "image":
@@ -102,6 +108,8 @@ def _galleries(run: OpenRun, table: WeightsTable, rows: Gathered) -> dict[str, A
         cells = [side for datum in everyone for side in sides(datum.original, datum.rebuilt)]
         sheet = pictures.encoded(pictures.grid(cells, columns=3 * _ROW), "PNG")
         run.folder.files.replace("review/worst-median-best.png", sheet)
+    if run.job.tile is not None:
+        return context | {"canvases": [_canvas(run, one) for one in together]}
     place = _place_of(run.dataset)
     if place is not None:
         return context | {"canvases": shown.canvases(_fitted_ids(table), place)}
@@ -122,7 +130,7 @@ class _Shown:
         self.run, self.table = run, table
 
     def data(self, ids: Sequence[str]) -> list[_Rebuilt]:
-        """These data beside what their fields say; one that cannot be read any more is left out."""
+        """These data beside what their fields say; left out are those that cannot be read any more or are too large."""
         if not ids:
             return []
         qualities = self.table.rows(ids)["quality"].to_pylist()
@@ -131,13 +139,14 @@ class _Shown:
             for position, quality in zip(self.table.dataset_positions(ids), qualities, strict=True)
             if (datum := self.run.dataset.read(position)).content is not None
         ]
-        if not read:
+        held: list[tuple[str, float, Any]] = []
+        for datum, quality in read:
+            with contextlib.suppress(ValueError):  # of data that stay in their files
+                held.append((datum.id, quality, self.run.signal.original(datum.content)))
+        if not held:
             return []
-        rebuilt = self.table.decode([datum.id for datum, _ in read])
-        return [
-            _Rebuilt(datum.id, quality, self.run.signal.original(datum.content), content)
-            for (datum, quality), content in zip(read, rebuilt, strict=True)
-        ]
+        rebuilt = self.table.decode([datum_id for datum_id, _, _ in held])
+        return [_Rebuilt(*datum, content) for datum, content in zip(held, rebuilt, strict=True)]
 
     def mosaic(self, ids: list[str]) -> dict[str, Any] | None:
         """These data, originals beside reconstructions."""
@@ -173,14 +182,33 @@ class _Shown:
             sides = {}
             for side in ("original", "rebuilt"):
                 canvas = pictures.assembled({c: pictures.to_uint8(getattr(p, side)) for c, p in tiles.items()}, size)
-                picture = pictures.encoded(canvas, "WEBP")
-                self.run.folder.files.replace(f"review/{name}-{side}.webp", picture)
-                if max(canvas.shape) > _CANVAS_PIXELS:
-                    picture = pictures.encoded(pictures.shrunk(canvas, _CANVAS_PIXELS), "WEBP")
-                sides[side] = pictures.data_uri(picture, "image/webp")
+                sides[side] = _side(self.run, canvas, f"{name}-{side}")
             quality = [p.quality for p in tiles.values()]
             shown.append({"name": name, "tiles": len(tiles), "quality": float(np.median(quality)), **sides})
         return shown
+
+
+def _side(run: OpenRun, canvas: np.ndarray, name: str) -> str:
+    """A large picture as a file of its own, and for the page, where it is made smaller if need be."""
+    picture = pictures.encoded(canvas, "WEBP")
+    run.folder.files.replace(f"review/{name}.webp", picture)
+    if max(canvas.shape) > _CANVAS_PIXELS:
+        picture = pictures.encoded(pictures.shrunk(canvas, _CANVAS_PIXELS), "WEBP")
+    return pictures.data_uri(picture, "image/webp")
+
+
+def _canvas(run: OpenRun, whole: WholeShown) -> dict[str, Any]:
+    """A whole picture beside what its blocks say together."""
+    name = _file_name(whole.id)
+    sides = {
+        side: _side(run, pictures.to_uint8(getattr(whole, side)), f"{name}-{side}") for side in ("original", "rebuilt")
+    }
+    return {"name": whole.id, "tiles": whole.blocks, "quality": whole.blocks_median, "whole": whole.quality, **sides}
+
+
+def _file_name(datum_id: str) -> str:
+    """An id, which may be a path, as the name of a file."""
+    return re.sub(r"[^\w.-]+", "-", datum_id)[:100]
 
 
 def _place_of(dataset: Dataset) -> Any:
@@ -189,7 +217,7 @@ def _place_of(dataset: Dataset) -> Any:
     return getattr(whole, "place", None)
 
 
-def _figure(run: OpenRun, table: WeightsTable, datum: _Rebuilt) -> dict[str, Any]:
+def _figure(run: OpenRun, table: WeightsTable, datum: _Rebuilt | WholeShown) -> dict[str, Any]:
     """A datum as its medium shows it."""
     panels = run.medium.panels(datum.original, datum.rebuilt, lambda shape: table.decode([datum.id], shape)[0])
     return {"id": datum.id, "quality": datum.quality, "panels": [_panel(panel) for panel in panels]}

@@ -4,7 +4,7 @@ Adding a modality is one file here and one line in `SIGNALS`.
 """
 
 from nfscale.signals.audio import Audio, Sound
-from nfscale.signals.base import Kind, Pointwise, Samples, Signal, mean_squared_error, psnr_db, samples_per_axis
+from nfscale.signals.base import Kind, Pointwise, Samples, Signal, Source, mean_squared_error, psnr_db, samples_per_axis
 from nfscale.signals.image import Image
 from nfscale.signals.occupancy import Labelled, Occupancy
 from nfscale.signals.radiance import Radiance, Scene
@@ -43,6 +43,7 @@ __all__ = [
     "Signal",
     "Solid",
     "Sound",
+    "Source",
     "Sphere",
     "SphereMap",
     "Video",

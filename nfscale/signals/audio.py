@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nfscale.signals.base import Pointwise, Samples, mean_squared_error, require_decodable, spectral_centroid
+from nfscale.signals.base import Samples, mean_squared_error, require_decodable, spectral_centroid
+from nfscale.signals.tiles import Gridded, Points, Tile, mean_square_error, ratio_db
 
 MAX_SPANNED = 1 << 20
 """Samples within `span`: with more, neighbours are less than 16 roundings of a float32 coordinate apart."""
@@ -57,7 +58,7 @@ class Sound:
 
 
 @dataclass(frozen=True)
-class Audio(Pointwise):
+class Audio(Gridded):
     """Sounds of `channels` channels, any length up to `span`, any rate."""
 
     channels: int
@@ -75,6 +76,8 @@ class Audio(Pointwise):
     `_LEVEL`, once for a run, so that loud and quiet stay as they are; without any, 1."""
 
     dimensions = 1
+    grid_axes = ("samples",)
+    whole_cells = False
     squared_error = True
     quality_name = "snr_db"
 
@@ -187,6 +190,40 @@ class Audio(Pointwise):
         samples, rate, *more = shape
         every = more[0] if more else 1
         return _times(samples * every, rate * every, self.span)
+
+    def refuse_tile(self, tile: Tile) -> None:
+        if self.resample is not None:
+            raise ValueError("signal.resample would apply to each tile, whose ends it hears; leave it out")
+        if tile.size[0] > self.span:
+            raise ValueError(
+                f"a tile lasts {tile.size[0]:g} seconds and the coordinates span {self.span:g}; signal.span is to be "
+                "as long at least"
+            )
+
+    def grid_of(self, content: Sound) -> tuple[int, ...]:
+        if not isinstance(content, Sound) or not len(content.values):
+            raise ValueError(f"a sound has values and a rate, got {type(content).__name__}")
+        return (len(content.values),)
+
+    def cells_per_unit(self, content: Sound) -> float:
+        """Tiles are measured in seconds."""
+        return float(content.rate)
+
+    def cut(self, content: Sound, box: tuple[slice, ...]) -> Sound:
+        return Sound(np.array(content.values[box]), content.rate)
+
+    def points(self, shape: tuple[Any, ...], fitted: tuple[Any, ...]) -> tuple[Points, ...]:
+        """Sample i is at the beginning of cell i."""
+        samples, rate, *more = shape
+        every = more[0] if more else 1
+        return (Points(samples * every, 0.0, fitted[1] / (rate * every)),)
+
+    def block_coordinates(self, places: Sequence[Tensor], block: tuple[Any, ...]) -> Tensor:
+        return (2 * (places[0] / block[1]) / self.span - 1).clamp(-1, 1).to(torch.float32)[:, None]
+
+    def whole_quality(self, original: Sound, rebuilt: Sound) -> float:
+        power = max(float(np.square(original.values, dtype=np.float64).mean()), _SILENT_POWER)
+        return ratio_db(power, mean_square_error(original.values, rebuilt.values))
 
     def reconstruct(self, values: Tensor, shape: tuple[int, ...]) -> list[Sound]:
         """[F, N, C] in the order of time -> F sounds."""

@@ -27,6 +27,24 @@ class Kind:
     masked: bool
     check: "Kind | None" = None
     heldout: "Kind | None" = None
+    is_drawn: bool = False
+    """Samples come from a `source`."""
+
+
+class Source(Protocol):
+    """Samples that stay where they are, such as in a file that is mapped, until steps want them.
+
+    What a step or a check sees of them is read then and forgotten; what it reads must not depend on what was read
+    before. A sample that cannot be one, such as NaN in a file, makes the loss of its field NaN: nothing raises here.
+    """
+
+    def __len__(self) -> int:
+        """Samples in all."""
+        ...
+
+    def draw(self, positions: Tensor) -> "Samples":
+        """These of the samples, in the order asked for: int64 [n] on the CPU -> [n, ...]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -49,21 +67,29 @@ class Samples:
     """Samples that no step sees, measured once, when the field leaves."""
     jitter: Tensor | None = None
     """float32 [N] uniform in [0, 1), anew at every training step of a signal that is `jittered`; else None."""
+    source: Source | None = None
+    """Of one datum: where steps draw its samples from; the tensors are then empty, and there is a `check`."""
+
+    @property
+    def count(self) -> int:
+        """Of one datum, not of a batch."""
+        return len(self.values) if self.source is None else len(self.source)
 
     @property
     def kind(self) -> Kind:
         """Of one datum, not of a batch."""
         return Kind(
-            len(self.values),
+            self.count,
             self.mask is not None,
             None if self.check is None else self.check.kind,
             None if self.heldout is None else self.heldout.kind,
+            self.source is not None,
         )
 
     @property
     def bytes(self) -> int:
         """In memory, all parts."""
-        parts = [getattr(self, member.name) for member in fields(self)]
+        parts = [getattr(self, member.name) for member in fields(self) if member.name != "source"]
         return sum(part.bytes if isinstance(part, Samples) else part.nbytes for part in parts if part is not None)
 
     @property
@@ -72,10 +98,15 @@ class Samples:
         return self if self.check is None else self.check
 
     def map(self, function: Callable[..., Tensor], *others: "Samples") -> "Samples":
-        """The function of every tensor, check and heldout included; of the same tensors of samples of one kind."""
+        """The function of every tensor, check and heldout included; of the same tensors of samples of one kind.
+
+        The source is left out.
+        """
         mapped = {}
         for member in fields(self):
             mine, *theirs = (getattr(samples, member.name) for samples in (self, *others))
+            if member.name == "source":
+                continue
             if isinstance(mine, Samples):
                 mapped[member.name] = mine.map(function, *theirs)
             elif mine is not None:
@@ -89,7 +120,9 @@ def samples_per_axis(signal: "Signal", samples: "Samples") -> float:
     The surface of a sphere has two axes; views count as samples of a volume.
     """
     axes, coordinates = getattr(signal, "axes", signal.dimensions), samples.coordinates
-    count = float(len(coordinates))
+    count = float(samples.count)
+    if samples.source is not None:
+        coordinates = samples.measured.coordinates
     if samples.mask is not None:  # weights, of which a sample that is there twice has halves
         coordinates, count = coordinates[samples.mask > 0], float(samples.mask.sum())
     if axes == coordinates.shape[1]:
@@ -210,7 +243,9 @@ def require_decodable(samples: int) -> None:
         ValueError: saying so.
     """
     if samples > MAX_DECODED_SAMPLES:
-        raise ValueError(f"{samples:,} samples are asked for; at most {MAX_DECODED_SAMPLES:,} are decoded")
+        raise ValueError(
+            f"{samples:,} samples are asked for; at most {MAX_DECODED_SAMPLES:,} are decoded: ask for a smaller shape"
+        )
 
 
 def in_full_range(array: np.ndarray, what: str) -> np.ndarray:
@@ -222,18 +257,28 @@ def in_full_range(array: np.ndarray, what: str) -> np.ndarray:
     Raises:
         ValueError: if the numbers are none of a picture.
     """
-    if array.dtype == bool:
-        return array.astype(np.float32)
-    if array.dtype in (np.uint8, np.uint16):
-        return array.astype(np.float32) / np.float32(np.iinfo(array.dtype).max)
-    if not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"{what}s are uint8, uint16, bool, or floats in [0, 1]; got {array.dtype}")
-    values = array.astype(np.float32)
+    values = scaled_to_range(array, what)
+    if array.dtype.kind != "f":
+        return values
     if not np.isfinite(values).all():
         raise ValueError(f"the {what} holds NaN or infinite values")
     if values.min() < 0 or values.max() > 1:
         raise ValueError(f"float {what}s are in [0, 1], got values from {values.min():.4g} to {values.max():.4g}")
     return values
+
+
+def scaled_to_range(array: np.ndarray, what: str) -> np.ndarray:
+    """As `in_full_range`, whatever the floats are.
+
+    Raises:
+        ValueError: if the numbers are of no type of a picture's.
+    """
+    kind = array.dtype.newbyteorder("=")
+    if kind not in (np.bool_, np.uint8, np.uint16) and kind.kind != "f":
+        raise ValueError(f"{what}s are uint8, uint16, bool, or floats in [0, 1]; got {array.dtype}")
+    with np.errstate(all="ignore"):
+        values = array.astype(np.float32)
+    return values / np.float32(np.iinfo(kind).max) if kind.kind == "u" else values
 
 
 def number_in(text: str) -> float:

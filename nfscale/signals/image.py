@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from nfscale.signals.base import (
-    Pointwise,
     Samples,
     in_full_range,
     mean_squared_error,
@@ -24,13 +23,14 @@ from nfscale.signals.base import (
     spectral_centroid,
 )
 from nfscale.signals.grids import cell_centres, z_order
+from nfscale.signals.tiles import Gridded, Tile
 from nfscale.signals.transforms import PLACES, TransformName, Values, inverse_order_of, order_of, values_of
 
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, what image readers use for "L"
 
 
 @dataclass(frozen=True)
-class Image(Pointwise):
+class Image(Gridded):
     """Images of `channels` channels, any height and width.
 
     Coordinates are (y, x) of the pixel centres, each axis spanning [-1, 1] from edge to edge: pixel i of
@@ -62,6 +62,7 @@ class Image(Pointwise):
             raise ValueError(f"signal.holdout=k holds back one pixel of k and is at least 2, got {self.holdout}")
 
     dimensions = 2
+    grid_axes = ("height", "width")
     quality_name = "psnr_db"
     squared_error = True
 
@@ -148,6 +149,20 @@ class Image(Pointwise):
     def coordinates(self, shape: tuple[int, ...]) -> Tensor:
         height, width = shape
         return cell_centres(height, width)
+
+    def refuse_tile(self, tile: Tile) -> None:
+        if self.resize is not None:
+            raise ValueError("signal.resize would bring each tile to that size; leave it out, or signal.tile")
+        if self.fixed_shape:
+            raise ValueError(f"signal.transform={self.transform} moves pixels, and tiles are to fade into each other")
+
+    def grid_of(self, content: np.ndarray) -> tuple[int, ...]:
+        if content.ndim not in (2, 3) or 0 in content.shape:
+            raise ValueError(f"an image is [height, width] or [height, width, channels], got {list(content.shape)}")
+        return content.shape[:2]
+
+    def cut(self, content: np.ndarray, box: tuple[slice, ...]) -> np.ndarray:
+        return np.array(content[box])  # and no longer mapped, if it was
 
     def reconstruct(self, values: Tensor, shape: tuple[int, ...]) -> np.ndarray:
         """[F, H * W, C] in row order -> [F, H, W, C], clamped to [0, 1]."""

@@ -6,7 +6,9 @@ one at a random place in each, which the ray draws anew at every step. The field
 seen looks the same from everywhere.
 
 The box of a scene is the smallest that holds what its training views show: the cells of a cube that (almost) no
-view sees through (the visual hull, Laurentini, 1994). Where pictures have no opacity it is the whole cube. The field's
+view sees through (the visual hull, Laurentini, 1994). Where pictures have no opacity it is the whole cube; where the
+cameras' file says how far the scene reaches (COLMAP's points, LLFF's depths), that is its box, wherever it lies, and
+rays begin where it says that the scene does. The field's
 coordinates span [-1, 1] on each axis of the box, so that a flat or a tall thing uses all of them; against the cube
 alone that gains 2 to 3 dB at equal steps. Rays that miss the box are background and are not trained on.
 
@@ -43,7 +45,8 @@ _UNLIKE_BACKGROUND = 0.1  # from which difference a pixel without opacity shows 
 _SHOWN_VIEWS = 4
 _SHOWN_PIXELS = 1 << 19  # of all views that are shown: more would take longer to render than the fit took
 _ORTHONORMAL = 1e-2  # how far a rotation may be off: poses are often written with three digits
-_BACKGROUNDS = {"white": 1.0, "black": 0.0}
+_BACKGROUNDS = {"white": 1.0, "black": 0.0, "random": 1.0}
+"""On which views are shown and measured."""
 _GOLDEN = (5**0.5 - 1) / 2
 
 _BOX = tuple(f"box_{part}_{axis}" for part in ("centre", "half") for axis in "xyz")
@@ -62,6 +65,10 @@ class Scene:
     """Horizontal field of view in radians; pixels are square, and the axis meets the middle of the picture."""
     heldout: np.ndarray
     """bool [V]: the test views. Where there are none the signal chooses views to hold back."""
+    box: np.ndarray | None = None
+    """float64 [6], centre and half sides of what the scene reaches over, where something says so."""
+    near: float = 0.0
+    """Nothing is nearer to a camera, along its axis."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +80,9 @@ class Radiance:
     """Half the side of the cube around the origin in which a scene is looked for; 1.5 holds those of NeRF-synthetic."""
     points: int = 16
     """Of the field, on each ray."""
-    background: Literal["white", "black"] = "white"
-    """Behind the scene, and where a picture is transparent."""
+    background: Literal["white", "black", "random"] = "white"
+    """Behind the scene, and where a picture is transparent. random: the loss is what it is on average over all colours,
+    so that a field cannot paint the background; quality and views are those on white."""
     holdout: int | None = 8
     """Holds back every k-th view of scenes that come without test views; null: none."""
     max_rays: int = 1 << 18
@@ -144,7 +152,7 @@ class Radiance:
                 f"no camera sees the cube of signal.bound={self.bound:g} around the origin, where scenes are looked "
                 "for; are the poses camera to world, looking down -z?"
             )
-        if (shows & ~meets).sum() > _OUTSIDE * max(shows.sum(), 1):
+        if scene.box is None and (shows & ~meets).sum() > _OUTSIDE * max(shows.sum(), 1):
             raise ValueError(
                 f"{(shows & ~meets).sum() / shows.sum():.0%} of what the training views show lies outside the box that "
                 f"most of them have in sight up to signal.bound={self.bound:g}; is the scene larger, or is there a "
@@ -163,13 +171,20 @@ class Radiance:
     def _pixels(
         self, scene: Scene, views: np.ndarray, box: np.ndarray, chosen: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rays [N, 8], colours [N, 3] and whether something is shown [N], of pixels counted through these views."""
+        """Rays [N, 8], colours [N, 3] and whether something is shown [N], of pixels counted through these views.
+
+        Before a random background colours are [N, 4]: what the scene adds to it, and its opacity.
+        """
         height, width = scene.images.shape[1:3]
         view, pixel = views[chosen // (height * width)], chosen % (height * width)
         row, column = pixel // width, pixel % width
         focal = _focal(scene.camera_angle_x, width)
-        colour, shows = self._composited(scene.images[view, row, column])
-        return _rays(scene.poses, view, row, column, (height, width), focal, box), colour, shows
+        pixels = scene.images[view, row, column]
+        colour, shows = self._composited(pixels)
+        if self.background == "random":
+            opacity = pixels[..., 3:].astype(np.float32) / 255 if pixels.shape[1] == 4 else np.ones_like(colour[:, :1])
+            colour = np.concatenate([colour - (1 - opacity), opacity], axis=1)
+        return _rays(scene.poses, view, row, column, (height, width), focal, box, scene.near), colour, shows
 
     def _composited(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """uint8 [..., 3 or 4] -> float32 [..., 3] on the background, and whether a pixel shows something."""
@@ -182,6 +197,8 @@ class Radiance:
 
     def _box(self, scene: Scene, training: np.ndarray) -> np.ndarray:
         """Centre and half sides: float64 [6]."""
+        if scene.box is not None:
+            return np.asarray(scene.box, dtype=np.float64)
         whole = np.array([0.0, 0.0, 0.0, self.bound, self.bound, self.bound])
         if scene.images.shape[3] == 3:
             return whole
@@ -209,13 +226,33 @@ class Radiance:
         passed = depth.cumsum(dim=-1)
         weights = (depth - passed).exp() - (-passed).exp()
         colour = (weights.unsqueeze(-1) * outputs[..., :3].sigmoid()).sum(dim=-2)
-        return colour + (-passed[..., -1:]).exp() * _BACKGROUNDS[self.background]
+        clear = (-passed[..., -1:]).exp()
+        if self.background == "random":
+            return torch.cat([colour, 1 - clear], dim=-1)
+        return colour + clear * _BACKGROUNDS[self.background]
 
     def loss(self, predicted: Tensor, samples: Samples) -> Tensor:
-        return mean_squared_error(predicted, samples)
+        """Mean squared error; before a random background, its mean over backgrounds that are uniform in [0, 1]^3.
+
+        With differences d of a colour and a of opacity and a background b, the mean of (d - a b)^2 over b is
+        (d - a / 2)^2 + a^2 / 12.
+        """
+        if self.background != "random":
+            return mean_squared_error(predicted, samples)
+        difference = predicted - samples.values
+        opacity = difference[..., 3:]
+        return ((difference[..., :3] - opacity / 2).square() + opacity.square() / 12).mean(dim=(1, 2))
 
     def quality(self, predicted: Tensor, samples: Samples) -> Tensor:
+        if self.background == "random":
+            samples = replace(samples, values=self._on_white(samples.values))
+            predicted = self._on_white(predicted)
         return psnr_db(predicted, samples)
+
+    @staticmethod
+    def _on_white(values: Tensor) -> Tensor:
+        """[..., 4] before a random background -> [..., 3]."""
+        return values[..., :3] + 1 - values[..., 3:]
 
     # --- views of a field
 
@@ -227,6 +264,7 @@ class Radiance:
         said = {"views": views, "views_heldout": len(heldout), "views_shown": len(shown)}
         said |= {"height": height, "width": width, "camera_angle_x": scene.camera_angle_x}
         said |= dict(zip(_BOX, self._box(scene, training), strict=True))
+        said |= {"near": scene.near} if scene.near else {}
         for number, view in enumerate(shown):
             camera = np.concatenate([scene.poses[view][:3, 3], quaternion_of(scene.poses[view][:3, :3])])
             said |= {f"view{number}_{name}": value for name, value in zip(_CAMERA, camera, strict=True)}
@@ -240,10 +278,14 @@ class Radiance:
         return among[np.arange(0, len(among), -(-len(among) // min(_SHOWN_VIEWS, fitting, len(among))))]
 
     def shape_of(self, measures: dict[str, float]) -> tuple[Any, ...]:
-        """(views, height, width), then as floats the angle of view, the box [6] and each view's camera [7]."""
+        """(views, height, width), then as floats the angle of view, the box [6] and each view's camera [7].
+
+        Last, of scenes that begin at a distance from their cameras, that distance.
+        """
         views = int(measures["views_shown"])
         numbers = [measures["camera_angle_x"], *(measures[name] for name in _BOX)]
         numbers += [measures[f"view{number}_{name}"] for number in range(views) for name in _CAMERA]
+        numbers += [measures["near"]] if "near" in measures else []
         return (views, int(measures["height"]), int(measures["width"]), *numbers)
 
     def shape_from(self, text: str, fitted: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -256,8 +298,9 @@ class Radiance:
             )
         *views, height, width = map(int, parts)
         require_decodable((views or fitted[:1])[0] * height * width)
-        cameras = _turntable(views[0], fitted) if views else fitted[10:]
-        return (len(cameras) // len(_CAMERA), height, width, *fitted[3:10], *cameras)
+        count = views[0] if views else fitted[0]
+        cameras = _turntable(views[0], fitted) if views else fitted[10 : _behind_cameras(fitted)]
+        return (count, height, width, *fitted[3:10], *cameras, *fitted[_behind_cameras(fitted) :])
 
     def coordinates(self, shape: tuple[Any, ...]) -> Tensor:
         """Rays of all pixels, view by view, row by row."""
@@ -265,11 +308,13 @@ class Radiance:
         poses, box = _poses_of(shape), np.array(shape[4:10])
         view, row, column = (index.ravel() for index in np.indices((views, height, width)))
         focal = _focal(shape[3], width)
-        return torch.from_numpy(_rays(poses, view, row, column, (height, width), focal, box))
+        near = (*shape[_behind_cameras(shape) :], 0.0)[0]
+        return torch.from_numpy(_rays(poses, view, row, column, (height, width), focal, box, near))
 
     def reconstruct(self, values: Tensor, shape: tuple[Any, ...]) -> np.ndarray:
         """[F, V * H * W, 3] -> [F, V, H, W, 3], clamped to [0, 1]."""
-        return values.detach().cpu().clamp(0, 1).reshape(-1, *shape[:3], 3).numpy()
+        colours = self._on_white(values) if self.background == "random" else values
+        return colours.detach().cpu().clamp(0, 1).reshape(-1, *shape[:3], 3).numpy()
 
     def original(self, scene: Scene) -> np.ndarray:
         """The views that are shown, on the background: float32 [V, H, W, 3]."""
@@ -282,7 +327,8 @@ class Radiance:
             "quality_name": self.quality_name,
             "coordinates": (
                 "a world point p is x = (p - box_centre) / box_half on each axis, with the box of the row's metrics. "
-                "A ray runs from where it enters the box, or starts, to where it leaves it; the field is asked at the "
+                "A ray runs from where it enters the box, or is `near` along the camera's axis, or starts, whichever "
+                "comes last, to where it leaves the box; the field is asked at the "
                 f"middles of {self.points} equal intervals between"
             ),
             "coordinate_range": [-1.0, 1.0],
@@ -323,6 +369,12 @@ def _refuse_bad(scene: Scene) -> None:
         raise ValueError(f"{len(images)} pictures need as many poses of 4 x 4, got poses {list(poses.shape)}")
     if not 0 < scene.camera_angle_x < np.pi:
         raise ValueError(f"camera_angle_x is an angle between 0 and pi, got {scene.camera_angle_x}")
+    if scene.box is not None:
+        box = np.asarray(scene.box)
+        if box.shape != (6,) or not np.isfinite(box).all() or not (box[3:] > 0).all() or np.abs(box).max() > 1e9:
+            raise ValueError("what the scene reaches over is no box: the points or the depths of its cameras say so")
+        if not (np.isfinite(scene.near) and scene.near >= 0):
+            raise ValueError(f"the scene begins at a distance of {scene.near:g}")
     rotations = poses[:, :3, :3]
     with np.errstate(all="ignore"):
         off = np.abs(rotations @ rotations.swapaxes(1, 2) - np.eye(3)).max(axis=(1, 2))
@@ -357,16 +409,19 @@ def _rays(
     size: tuple[int, int],
     focal: float,
     box: np.ndarray,
+    begins: float = 0.0,
 ) -> np.ndarray:
     """Rays of pixels in the coordinates of the box: origin, direction, near, far as float32 [N, 8].
 
+    They begin where they enter the box, but not before this distance along the camera's axis, in the data's unit.
     Lengths along a ray are in units of the box's longest half side. Of a ray that misses the box near and far are 0.
     """
     height, width = size
     local = [(column + 0.5 - width / 2) / focal, (height / 2 - row - 0.5) / focal, np.full(len(view), -1.0)]
     rotations = np.asarray(poses, dtype=np.float64)[:, :3, :3]
     directions = np.einsum("nij,nj->ni", rotations[view], np.stack(local, axis=1))
-    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    lengths = np.linalg.norm(directions, axis=1, keepdims=True)  # of a ray at a distance of 1 along the axis
+    directions /= lengths
     centre, half = box[:3], box[3:]
     origins = ((np.asarray(poses, dtype=np.float64)[:, :3, 3] - centre) / half)[view]
     directions *= half.max() / half
@@ -375,6 +430,7 @@ def _rays(
     # A ray within a side of the box and along it gives 0 / 0: it is not bounded by that pair of sides.
     near = np.where(np.isnan(sides), -np.inf, sides).min(axis=0).max(axis=1).clip(min=0)
     far = np.where(np.isnan(sides), np.inf, sides).max(axis=0).min(axis=1)
+    near = np.maximum(near, begins * lengths[:, 0] / half.max())
     missed = far <= near
     near[missed] = far[missed] = 0
     return np.concatenate([origins, directions, near[:, None], far[:, None]], axis=1).astype(np.float32)
@@ -448,9 +504,14 @@ def rotation_of(quaternion: np.ndarray) -> np.ndarray:
     )
 
 
+def _behind_cameras(shape: Sequence[float]) -> int:
+    """Where the cameras of a shape end."""
+    return 10 + int(shape[0]) * len(_CAMERA)
+
+
 def _poses_of(shape: Sequence[float]) -> np.ndarray:
     """The cameras of a shape: [V, 4, 4]."""
-    cameras = np.array(shape[10:], dtype=np.float64).reshape(-1, len(_CAMERA))
+    cameras = np.array(shape[10 : _behind_cameras(shape)], dtype=np.float64).reshape(-1, len(_CAMERA))
     poses = np.tile(np.eye(4), (len(cameras), 1, 1))
     poses[:, :3, 3] = cameras[:, :3]
     poses[:, :3, :3] = [rotation_of(camera[3:]) for camera in cameras]

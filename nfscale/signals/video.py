@@ -2,9 +2,11 @@
 
 Samples are in Z-order over frames, rows and columns, so that a run of 8^k neighbours in the order is a block of 2^k
 frames of 2^k x 2^k pixels: a stratified draw takes one pixel out of each block. Frames stay what they were decoded or
-memory-mapped as until a field is fitted to them.
+memory-mapped as until a field is fitted to them; mapped films of more than `MAX_PIXELS` stay in their file even then:
+steps read the pixels that they draw, and quality is measured on some, see `nfscale.signals.mapped`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -15,19 +17,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from nfscale.signals.base import (
-    Pointwise,
     Samples,
     in_full_range,
     mean_squared_error,
     number_in,
     psnr_db,
     require_decodable,
+    scaled_to_range,
 )
 from nfscale.signals.grids import cell_centres, z_order
 from nfscale.signals.image import converted
+from nfscale.signals.mapped import MAX_MAPPED, MappedCells, checked_count, drawn_samples, mapping_of
+from nfscale.signals.tiles import Gridded, Tile, psnr_of_arrays
 
 MAX_PIXELS = 16 << 20
-"""Over all frames of what one field represents: coordinates and values of more would take half a gigabyte."""
+"""Over all frames that are held as samples: coordinates and values of more would take half a gigabyte."""
 
 MAX_RATE = 1000.0
 """Frames per second; a header that claims more lies."""
@@ -47,7 +51,7 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Video(Pointwise):
+class Video(Gridded):
     """Films of `channels` channels, any number and size of frames, any rate.
 
     Coordinates are (t, y, x), each axis spanning [-1, 1] from edge to edge: frame i of n lies at (2 i + 1) / n - 1, as
@@ -67,6 +71,7 @@ class Video(Pointwise):
     """k >= 2: the last of every k frames is held back, and measured as `quality_heldout`."""
 
     dimensions = 3
+    grid_axes = ("frames", "height", "width")
     quality_name = "psnr_db"
     squared_error = True
 
@@ -90,22 +95,52 @@ class Video(Pointwise):
 
     def samples(self, content: Any) -> Samples:
         """A clip, or its frames [T, H, W] or [T, H, W, C] -> samples in Z-order."""
+        if self._stays(given := _checked(content).values[: self.frames]):
+            return self._drawn(given)
         clip = self.original(content)
         count, height, width, channels = clip.values.shape
-        if channels != self.channels:
-            raise ValueError(
-                f"the film has {channels} channels, the fields of this run have {self.channels}; "
-                "signal.convert=grey or rgb would convert it"
-            )
+        self._require_channels(channels)
         order = z_order(count, height, width)
         values = torch.from_numpy(clip.values.reshape(-1, channels)[order] - np.float32(_SHIFT))
         centres = cell_centres(count, height, width)[torch.from_numpy(order)]
         if self.holdout is None:
             return Samples(centres, values)
-        held = torch.from_numpy(order // (height * width) % self.holdout == self.holdout - 1)
-        if not held.any():
-            raise ValueError(f"of {count} frames, signal.holdout={self.holdout} holds none back")
+        held = torch.from_numpy(self._held(count)[order // (height * width)])
         return Samples(centres[~held], values[~held], heldout=Samples(centres[held], values[held]))
+
+    def _require_channels(self, channels: int) -> None:
+        if channels != self.channels:
+            raise ValueError(
+                f"the film has {channels} channels, the fields of this run have {self.channels}; "
+                "signal.convert=grey or rgb would convert it"
+            )
+
+    def _held(self, count: int) -> np.ndarray:
+        """Which frames are held back: bool [T]."""
+        assert self.holdout is not None
+        if count < self.holdout:
+            raise ValueError(f"of {count} frames, signal.holdout={self.holdout} holds none back")
+        return np.arange(count) % self.holdout == self.holdout - 1
+
+    def _stays(self, frames: np.ndarray) -> bool:
+        """Whether frames [T, H, W, C] stay in the file that they are mapped from, and pixels are read as drawn."""
+        pixels = frames[..., 0].size
+        return self.resize is None and MAX_PIXELS < pixels <= MAX_MAPPED and mapping_of(frames) is not None
+
+    def _drawn(self, frames: np.ndarray) -> Samples:
+        """Samples of a film that stays in its file."""
+
+        def as_fitted(pixels: np.ndarray) -> np.ndarray:
+            return converted(scaled_to_range(pixels, "film")[:, None], self.convert)[:, 0] - np.float32(_SHIFT)
+
+        kept = [np.ones(size, bool) for size in frames.shape[:3]]
+        cells = MappedCells(frames, kept, (1.0, 1.0, 1.0), as_fitted)
+        samples = drawn_samples(cells, None if self.holdout is None else self._held(len(frames)))
+        for part in (samples.check, samples.heldout):
+            if part is not None:
+                self._require_channels(part.values.shape[1])
+                _in_range(part.values.numpy() + np.float32(_SHIFT))
+        return samples
 
     def loss(self, predicted: Tensor, samples: Samples) -> Tensor:
         return mean_squared_error(predicted, samples)
@@ -115,16 +150,23 @@ class Video(Pointwise):
         return psnr_db(predicted, samples)
 
     def measures(self, content: Any) -> dict[str, float]:
-        """Frames, height and width of what is fitted, and frames per second."""
+        """Frames, height and width of what is fitted, and frames per second.
+
+        Of a film that stays in its file, `checked_pixels`: how many pixels its quality is measured on.
+        """
         clip = _checked(content)
         height, width = self.resize or clip.values.shape[1:3]
         frames = min(len(clip.values), self.frames or len(clip.values))
-        return {
+        found = {
             "frames": float(frames),
             "height": float(height),
             "width": float(width),
             "rate": float(clip.rate or self.rate),
         }
+        given = clip.values[: self.frames]
+        if self._stays(given):
+            found["checked_pixels"] = float(checked_count(given[..., 0].size))
+        return found
 
     def shape_of(self, measures: dict[str, float]) -> tuple[Any, ...]:
         """(frames, height, width, frames per second)."""
@@ -153,7 +195,23 @@ class Video(Pointwise):
         return frames, height, width, round(rate, 3)
 
     def coordinates(self, shape: tuple[Any, ...]) -> Tensor:
+        require_decodable(math.prod(shape[:3]))
         return cell_centres(*shape[:3])
+
+    def refuse_tile(self, tile: Tile) -> None:
+        for name in ("resize", "frames"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"signal.{name} would apply to each tile; leave it out, or signal.tile")
+
+    def grid_of(self, content: Any) -> tuple[int, ...]:
+        return _checked(content).values.shape[:3]
+
+    def cut(self, content: Any, box: tuple[slice, ...]) -> Clip:
+        clip = _checked(content)
+        return Clip(np.array(clip.values[box]), clip.rate)
+
+    def whole_quality(self, original: Clip, rebuilt: Clip) -> float:
+        return psnr_of_arrays(original.values, rebuilt.values)
 
     def reconstruct(self, values: Tensor, shape: tuple[Any, ...]) -> list[Clip]:
         """[F, T * H * W, C] in row order -> F clips, clamped to [0, 1]. Without a rate in the shape: `rate`."""
@@ -170,7 +228,8 @@ class Video(Pointwise):
         if count * max(target[0] * target[1], height * width // _RESIZED_FROM) > MAX_PIXELS:
             raise ValueError(
                 f"too large: {count} frames of {height} x {width} pixels, at most {MAX_PIXELS:,} pixels are one "
-                "field's; signal.frames=n takes the first n, signal.resize=[height, width] makes them smaller"
+                "field's; signal.frames=n takes the first n, signal.resize=[height, width] makes them smaller; films "
+                f"in .npy and .npz files on a disk may have {MAX_MAPPED:,}, without a resize"
             )
         tall = converted(_in_range(frames.reshape(count * height, width, -1)), self.convert)
         values = tall.reshape(count, height, width, -1)

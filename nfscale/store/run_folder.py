@@ -1,11 +1,14 @@
 """The folder of a run: what is in it, and the only ways in which something gets there.
 
     job.json                           the frozen plan; written first, put-if-absent
+    checkpoints/shard-00042.npz        while a shard takes long: its fields so far; removed with the commit
     calibration.parquet                what all fields share beside theta0; put-if-absent
     data/shard-00042.<attempt>.parquet written by one attempt, under a name of its own
-    commits/shard-00042.json           put-if-absent: names the one file that counts
+    commits/shard-00042.json           put-if-absent: names the one file that counts, or the parts it was cut into
     _SUCCESS                           when every datum has a row
     driver.json                        while a driver runs: where, its last sign of life, what is in flight
+    drivers/3-of-16.json               the same of a driver that has a share of the shards
+    _control/epoch-000007.json         put-if-absent by each driver that starts: the highest one counts
     weights.arrow                      where the job wants it: an uncompressed copy for training
     review/                            report and pictures
 
@@ -13,9 +16,14 @@ Readers open only what the commits name, so a killed or late attempt leaves noth
 """
 
 import base64
+import contextlib
 import io
 import json
-from collections.abc import Sequence
+import os
+import socket
+import time
+import uuid
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nfscale.errors import CallerError, MismatchError
+from nfscale.errors import CallerError, MismatchError, SupersededError
 from nfscale.files import Files, open_files
 from nfscale.layout import Layout
 from nfscale.store import schema
@@ -36,6 +44,9 @@ CONVERGENCE = "review/convergence.parquet"
 WORST_TABLE = "review/worst.json"
 JOB_FILE = "review/job.yaml"
 IPC_COPY = "weights.arrow"
+_CONTROL = "_control"
+_DRIVERS = "drivers"
+_CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,11 @@ class Plan:
     theta0: np.ndarray | None
     """float32 [P], what all fields start from; None where each starts from its own."""
     calibration_positions: tuple[int, ...] = ()
+    blocks: tuple[tuple[int, tuple[int, ...]], ...] | None = None
+    """Of data that are cut into blocks, which `data_count` counts: how many each has by axis, as pairs of a number of
+    data that follow each other and their counts."""
+    learned: dict[str, float] = field(default_factory=dict)
+    """What it took to learn theta0, see `nfscale.engine.LearnedStart`; empty where it was drawn."""
     versions: dict[str, str] = field(default_factory=dict)
     format: int = 1
 
@@ -127,6 +143,8 @@ class Plan:
         values = dict(content)
         values["layout"] = Layout.from_json(json.dumps(content["layout"]))
         values["calibration_positions"] = tuple(content["calibration_positions"])
+        if (blocks := content.get("blocks")) is not None:
+            values["blocks"] = tuple((times, tuple(counts)) for times, counts in blocks)
         values["theta0"] = theta0
         return cls(**values)
 
@@ -162,7 +180,8 @@ class Commit:
     """Over the rows that were fitted."""
     spent: dict[str, float] = field(default_factory=dict)
     """Parts of `seconds`: optimiser `steps`, `checks` between them, waiting for data that are not read yet
-    (`reading`), `measuring` the rows as readers decode them, and `writing` them."""
+    (`reading`), `measuring` the rows as readers decode them, `writing` them, and `keeping` checkpoints. And
+    beside them what passed `between` the rows of the worker's last shard and this one: a commit, a report, a lease."""
 
     @property
     def failed(self) -> int:
@@ -277,26 +296,52 @@ class RunFolder:
         """Where an attempt writes its rows."""
         return f"data/{shard.name}.{attempt}.parquet"
 
+    @staticmethod
+    def checkpoint_file(shard: Shard) -> str:
+        """Where attempts at a shard keep what they have so far."""
+        return _checkpoint_file(shard.name)
+
     def commit(self, commit: Commit) -> bool:
         """Make an attempt's file the one that counts; False if another attempt was first."""
         return self.files.put_if_absent(_commit_file(commit.shard), schema.json_bytes(asdict(commit)))
 
+    def cut(self, shard: Shard) -> bool:
+        """Cut a shard for good, so that only its parts can be committed; False if the whole has been committed.
+
+        It takes the place of the shard's commit: a late attempt at the whole finds it there and is not the first.
+        """
+        name = _commit_file(shard.name)
+        content = {"shard": shard.name, "cut": [half.name for half in shard.halves()]}
+        return self.files.put_if_absent(name, schema.json_bytes(content)) or self.is_cut(shard)
+
+    def is_cut(self, shard: Shard) -> bool:
+        """Whether this shard was cut."""
+        return "cut" in self._json(_commit_file(shard.name))
+
     def commits(self) -> list[Commit]:
         """All commits, in the order of their leases."""
+        return self.commits_and_cuts()[0]
+
+    def commits_and_cuts(self) -> tuple[list[Commit], set[str]]:
+        """All commits, in the order of their leases, and the names of the shards that were cut."""
         names = [name for name in self.files.names("commits") if name.endswith(".json")]
-        found = map(self._parsed, names, self.files.read_many(names))
-        return sorted(found, key=lambda commit: commit.order)
+        found = list(map(self._parsed, names, self.files.read_many(names)))
+        commits = sorted((one for one in found if isinstance(one, Commit)), key=lambda commit: commit.order)
+        return commits, {one for one in found if isinstance(one, str)}
 
     def commit_of(self, shard: Shard) -> Commit | None:
         """The commit of a shard, if it has one."""
         try:
-            return self._parsed(name := _commit_file(shard.name), self.files.read(name))
+            found = self._parsed(name := _commit_file(shard.name), self.files.read(name))
         except FileNotFoundError:
             return None
+        return found if isinstance(found, Commit) else None
 
-    def _parsed(self, name: str, content: bytes) -> Commit:
+    def _parsed(self, name: str, content: bytes) -> Commit | str:
+        """A commit, or the name of a shard that was cut."""
         try:
-            return Commit(**json.loads(content))
+            values = json.loads(content)
+            return values["shard"] if "cut" in values else Commit(**values)
         except (ValueError, TypeError) as error:
             raise MismatchError(
                 f"{self.files.place(name)} is not a commit ({error}); remove it, and the same encode fits its "
@@ -324,31 +369,74 @@ class RunFolder:
                 "fits their data again"
             )
 
+    def remove_attempts(self, attempts: Collection[str]) -> None:
+        """Remove what attempts left that were ended from outside."""
+        for name in self.uncommitted() if attempts else ():
+            if any(f".{attempt}." in name for attempt in attempts):
+                self.files.remove(name)
+
     def uncommitted(self) -> list[str]:
-        """Files of attempts that no commit names: in flight, lost to another attempt, or left by a kill."""
-        named = {commit.file for commit in self.commits()}
-        return sorted({*self.files.names("data"), *self.files.unfinished()} - named)
+        """Files of attempts that no commit names: in flight, lost to another attempt, or left by a kill.
+
+        Checkpoints are among them where their shard is committed.
+        """
+        commits = self.commits()
+        named = {commit.file for commit in commits}
+        done = {_checkpoint_file(commit.shard) for commit in commits}
+        kept = [name for name in self.files.names(_CHECKPOINTS) if name in done or self.is_complete]
+        return sorted({*self.files.names("data"), *self.files.unfinished(), *kept} - named)
 
     # --- the driver
 
-    def beat(self, state: dict[str, Any]) -> None:
-        """Say that a driver is alive, and what is in flight."""
-        self.files.replace("driver.json", schema.json_bytes(state))
+    @property
+    def epoch(self) -> int:
+        """Of the last driver that took the run over; 0 if none has."""
+        return max((int(name[-11:-5]) for name in self.files.names(_CONTROL)), default=0)
+
+    def take_over(self) -> int:
+        """Begin an epoch: from now on drivers of earlier ones commit nothing. The number of this one."""
+        content = {"host": socket.gethostname(), "pid": os.getpid(), "at": time.time(), "id": uuid.uuid4().hex}
+        epoch = len(self.files.names(_CONTROL))
+        while not self.files.put_if_absent(_epoch_file(epoch := epoch + 1), schema.json_bytes(content)):
+            pass
+        return epoch
+
+    def refuse_superseded(self, epoch: int) -> None:
+        """Check that no driver has taken over since this epoch began.
+
+        One may do so the moment after: then its own attempt at a shard that is committed now is not the first.
+
+        Raises:
+            SupersededError: if one has.
+        """
+        if self.files.size(_epoch_file(epoch + 1)) is None:
+            return
+        newest = self._json(self.files.names(_CONTROL)[-1])
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(newest["at"]))
+        raise SupersededError(
+            f"another driver took over {self} (process {newest['pid']} on {newest['host']}, since {since} UTC); this "
+            "one ends, what it had committed stays, and the other one continues"
+        )
+
+    def beat(self, state: dict[str, Any], share: str | None = None) -> None:
+        """Say that a driver is alive, and what is in flight; of several drivers, each for its share."""
+        self.files.replace(_driver_file(share), schema.json_bytes(state))
 
     def driver(self) -> dict[str, Any] | None:
-        """What the last driver said, or None if it left in good order."""
-        try:
-            return self._json("driver.json") or None
-        except ValueError:
-            return None
+        """What a driver said last, or None if all left in good order."""
+        said = []
+        for name in ["driver.json", *self.files.names(_DRIVERS)]:
+            with contextlib.suppress(ValueError):
+                said.append(self._json(name))
+        return max(filter(None, said), key=lambda state: state["at"], default=None)
 
-    def driver_left(self) -> None:
+    def driver_left(self, share: str | None = None) -> None:
         """Say that the driver is gone in good order."""
-        self.files.remove("driver.json")
+        self.files.remove(_driver_file(share))
 
-    def finish(self, rows: int) -> None:
-        """Mark the run as complete."""
-        self.files.put_if_absent("_SUCCESS", schema.json_bytes({"rows": rows}))
+    def finish(self, rows: int) -> bool:
+        """Mark the run as complete; False if another driver did before."""
+        return self.files.put_if_absent("_SUCCESS", schema.json_bytes({"rows": rows}))
 
     def unfinish(self) -> None:
         """Take the mark away again."""
@@ -379,14 +467,26 @@ class RunFolder:
         return table["step"].to_numpy(), table["step_rms"].to_numpy(), diagonal.reshape(table.num_rows, -1)
 
 
+def _epoch_file(epoch: int) -> str:
+    return f"{_CONTROL}/epoch-{epoch:06d}.json"
+
+
+def _driver_file(share: str | None) -> str:
+    return "driver.json" if share is None else f"{_DRIVERS}/{share.replace('/', '-of-')}.json"
+
+
+def _checkpoint_file(shard: str) -> str:
+    return f"{_CHECKPOINTS}/{shard}.npz"
+
+
 def _commit_file(shard: str) -> str:
     return f"commits/{shard}.json"
 
 
 def differing_keys(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Dotted keys of two jobs whose values differ, with both values; without those that change no result."""
-    free = {"output", "workers", "max_workers", "track", "checkpoint_minutes", "max_failed_fraction", "name"}
-    free |= {"fit.batch", "fit.step", "store.shard_fields", "store.ipc_copy"}
+    free = {"output", "workers", "max_workers", "workers_per_gpu", "track", "checkpoint_minutes", "name"}
+    free |= {"max_failed_fraction", "fit.batch", "fit.step", "store.shard_fields", "store.ipc_copy"}
     found: dict[str, tuple[Any, Any]] = {}
     for key in sorted(one.keys() | other.keys()):
         name = prefix + key

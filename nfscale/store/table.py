@@ -21,8 +21,10 @@ from nfscale.errors import CallerError, MismatchError
 from nfscale.fields import FIELDS, Field
 from nfscale.layout import Layout
 from nfscale.signals import SIGNALS, Signal
+from nfscale.signals.tiles import by_whole
 from nfscale.store.run_folder import Commit, Plan, RunFolder
 from nfscale.store.schema import OK_STATUSES, ROW_GROUP_ROWS, STATUS, restored
+from nfscale.store.wholes import Whole
 
 DatumKey = str | int
 """The id of a datum, or its index in the dataset."""
@@ -59,7 +61,26 @@ class WeightsTable:
 
     def __contains__(self, key: object) -> bool:
         """Whether a datum of this id or index has a committed row."""
-        return isinstance(key, str | int) and self._positions([key]) != [None]
+        if not isinstance(key, str | int):
+            return False
+        return self._positions([key]) != [None] or key in self._blocks
+
+    @cached_property
+    def _blocks(self) -> dict[DatumKey, list[str]]:
+        """Ids of the blocks that data were cut into, by the ids of these data; empty where none were."""
+        if self.plan.blocks is None:
+            return {}
+        ids = self._keys["datum_id"].to_pylist()
+        return {whole: [ids[place] for place in places] for whole, places in by_whole(ids).items()}
+
+    def whole(self, datum_id: str) -> Whole | None:
+        """A datum that was cut into blocks; None if there is none of this id.
+
+        Raises:
+            CallerError: if some of its blocks are not committed, or none could be read.
+        """
+        blocks = self._blocks.get(datum_id)
+        return None if blocks is None else Whole(self, datum_id, blocks)
 
     @property
     def schema(self) -> pa.Schema:
@@ -81,6 +102,11 @@ class WeightsTable:
         filesystem, prefix = self.folder.files.arrow()
         files = [prefix + commit.file for commit in self.commits]
         return pds.dataset(files, schema=self.schema, format="parquet", filesystem=filesystem)  # type: ignore
+
+    def files(self) -> list[str]:
+        """Paths or URIs of the committed Parquet files, as DuckDB, Polars, Ray Data and Hugging Face take them."""
+        root = self.folder.files.absolute()
+        return [f"{root}/{commit.file}" for commit in sorted(self.commits, key=lambda commit: commit.start)]
 
     def to_arrow(self, columns: Sequence[str] | None = None, filter: pc.Expression | None = None) -> pa.Table:
         """The rows as an Arrow table, sorted by `index`.
@@ -193,7 +219,8 @@ class WeightsTable:
     def decode(self, keys: Sequence[DatumKey], shape: tuple[Any, ...] | str | None = None) -> Any:
         """Data out of weights, in the data's own unit: images of one shape as an array [len(keys), H, W, C].
 
-        Of other signals, and where shapes differ, a list.
+        Of other signals, and where shapes differ, a list. Of data that were cut into blocks, the id of the datum is
+        that of the whole, blended, and `ID@2,1` that of a block.
 
         Args:
             keys: ids or indices.
@@ -202,6 +229,8 @@ class WeightsTable:
         Raises:
             CallerError: if a datum has no row or no weights, or the shape cannot be read.
         """
+        if any(key in self._blocks for key in keys):
+            return alike([self._decoded_one(key, shape) for key in keys])
         rows = self.rows(keys)
         weights = self.matrix(rows["weights"])
         if empty := [key for key, row in zip(keys, weights, strict=True) if not np.isfinite(row).all()]:
@@ -218,6 +247,10 @@ class WeightsTable:
                 decoded[place] = datum
         return decoded
 
+    def _decoded_one(self, key: DatumKey, shape: tuple[Any, ...] | str | None) -> Any:
+        whole = self.whole(str(key)) if key in self._blocks else None
+        return self.decode([key], shape)[0] if whole is None else whole.decoded(self._asked([whole.fitted], shape)[0])
+
     def shapes(self, keys: Sequence[DatumKey], shape: tuple[Any, ...] | str | None = None) -> list[tuple[Any, ...]]:
         """The shape of each of these data, as its signal understands it: what `decode` decodes it at.
 
@@ -228,12 +261,20 @@ class WeightsTable:
         Raises:
             CallerError: if a datum has no row, or the text cannot be read.
         """
+        if any(key in self._blocks for key in keys):
+            wholes = [self.whole(str(key)) if key in self._blocks else None for key in keys]
+            fitted = [whole.fitted if whole else self.shapes([key])[0] for key, whole in zip(keys, wholes, strict=True)]
+            return self._asked(fitted, shape)
         return self._shapes(self.rows(keys), shape)
 
     def _shapes(self, rows: pa.Table, shape: tuple[Any, ...] | str | None) -> list[tuple[Any, ...]]:
         if isinstance(shape, tuple) and not self.signal.fixed_shape:
             return [shape] * len(rows)
         fitted = [self.signal.shape_of(dict(metrics)) for metrics in rows["metrics"].to_pylist()]
+        return self._asked(fitted, shape)
+
+    def _asked(self, fitted: list[tuple[Any, ...]], shape: tuple[Any, ...] | str | None) -> list[tuple[Any, ...]]:
+        """The shapes that are asked for, of data of these shapes."""
         if shape is None:
             return fitted
         try:
@@ -252,7 +293,11 @@ class WeightsTable:
 
     def values(self, weights: Tensor, shape: tuple[int, ...]) -> Tensor:
         """What fields say a datum of this shape is, before the signal makes one of it: [F, P] -> [F, N, ...]."""
-        return predicted_at(self.field, self.signal, weights, self.signal.coordinates(shape))
+        try:
+            coordinates = self.signal.coordinates(shape)
+        except ValueError as error:
+            raise CallerError(f"shape: {error}") from error
+        return predicted_at(self.field, self.signal, weights, coordinates)
 
     def torch_dataset(self, standardize: Literal["train", "all"] | None = "train") -> torch.utils.data.TensorDataset:
         """(weights - theta0, label) of the rows that are ok, standardised per weight: float32 [P], int64.
@@ -276,6 +321,13 @@ class WeightsTable:
             labels = [rank.get(label) for label in labels]
         numbers = torch.tensor([-1 if label is None else label for label in labels], dtype=torch.int64)
         return torch.utils.data.TensorDataset(weights, numbers)
+
+
+def alike(data: list[Any]) -> Any:
+    """Arrays of one shape as one array, anything else as the list."""
+    first = data[0]
+    stacks = isinstance(first, np.ndarray) and all(one.shape == first.shape for one in data)
+    return np.stack(data) if stacks else data
 
 
 def as_matrix(column: pa.ChunkedArray) -> np.ndarray:

@@ -2,23 +2,47 @@
 
 import math
 import os
+import tempfile
 from pathlib import Path
 
 from nfscale.store.run_folder import RunFolder
-from nfscale.track.mlflow_tracker import experiment_id, migrated_store, tracking_uri
+from nfscale.track.mlflow_tracker import experiment_id, migrated_store, store_folder, tracking_uri
+
+
+def log_results(
+    run: RunFolder, name: str, files: dict[str, bytes], params: dict[str, object], metrics: dict[str, float]
+) -> str | None:
+    """Log what a command found out about a run, beside that run. Returns why that failed, or None.
+
+    Args:
+        files: artifacts by name.
+    """
+    job = run.plan().job
+    with tempfile.TemporaryDirectory() as temporary:
+        for file, content in files.items():
+            (Path(temporary) / file).write_bytes(content)
+        given = {"run": run.files.absolute()} | params
+        return log_folder(
+            Path(temporary), job["track"]["experiment"], f"{job['name']} {name}", given, metrics, store_folder(run)
+        )
 
 
 def log_folder(
-    folder: Path, experiment: str, name: str, params: dict[str, object], metrics: dict[str, float]
+    folder: Path,
+    experiment: str,
+    name: str,
+    params: dict[str, object],
+    metrics: dict[str, float],
+    store: Path | None = None,
 ) -> str | None:
     """Log params, metrics and all files of a folder. Returns why that failed, or None.
 
-    The store is `MLFLOW_TRACKING_URI`, or `mlruns.db` in the folder above, as for runs.
+    The store is `MLFLOW_TRACKING_URI`, or `mlruns.db` in the folder `store` or else in the one above, as for runs.
     """
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
 
-    uri, above = os.environ.get("MLFLOW_TRACKING_URI"), folder.resolve().parent
+    uri, above = os.environ.get("MLFLOW_TRACKING_URI"), store or folder.resolve().parent
     try:
         if not uri:
             migrated_store(above / "mlruns.db")

@@ -66,7 +66,7 @@ def tracking_uri(folder: RunFolder) -> str:
 
     SQLite does not live in an object store; for an output there the store is in the user's data folder.
     """
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_store_folder(folder) / 'mlruns.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store_folder(folder) / 'mlruns.db'}"
 
 
 def page_of(folder: RunFolder) -> str | None:
@@ -77,7 +77,7 @@ def page_of(folder: RunFolder) -> str | None:
     return f"{known['tracking_uri'].rstrip('/')}/#/experiments/{known.get('experiment_id', 0)}/runs/{known['run_id']}"
 
 
-def _store_folder(folder: RunFolder) -> Path:
+def store_folder(folder: RunFolder) -> Path:
     """Where the SQLite store is."""
     if is_uri(folder.files.root):
         return data_folder().resolve()
@@ -236,7 +236,7 @@ class _Projection:
         self.folder, self.plan, self.drives = folder, plan, drives
         self.per_datum = plan.data_count <= plan.job["track"]["per_datum_limit"]
         if not os.environ.get("MLFLOW_TRACKING_URI"):
-            migrated_store(_store_folder(folder) / "mlruns.db")
+            migrated_store(store_folder(folder) / "mlruns.db")
         self.client = MlflowClient(tracking_uri(folder))
         self.run_id = self._run()
         self.logged = self._logged_orders()
@@ -270,7 +270,7 @@ class _Projection:
 
     def _begun(self) -> str | None:
         """The run that a driver created before it was killed, if there is one."""
-        experiment = experiment_id(self.client, self.plan.job["track"]["experiment"], _store_folder(self.folder))
+        experiment = experiment_id(self.client, self.plan.job["track"]["experiment"], store_folder(self.folder))
         found = self.client.search_runs([experiment], f"tags.`nfscale.run` = '{self.plan.id}'", max_results=1)
         return found[0].info.run_id if found else None
 
@@ -286,7 +286,7 @@ class _Projection:
 
     def _created(self) -> str:
         job = self.plan.job
-        experiment = experiment_id(self.client, job["track"]["experiment"], _store_folder(self.folder))
+        experiment = experiment_id(self.client, job["track"]["experiment"], store_folder(self.folder))
         tags = {
             "nfscale.run": self.plan.id,
             "nfscale.modality": job["signal"]["kind"],

@@ -14,16 +14,19 @@ import torch
 
 from nfscale.engine.dispatch import PLAIN
 from nfscale.engine.problem import FieldProblem
+from nfscale.errors import CallerError
 from nfscale.fields import FIELDS, MLP
 from nfscale.fields.activations import ACTIVATIONS
 from nfscale.fields.encodings import ENCODINGS
 from nfscale.fields.initializations import INITIALIZATIONS
+from nfscale.job import job_from_settings
 from nfscale.layout import Layout, Params
 from nfscale.media.render import orbit_pose
 from nfscale.optim import METHODS, OPTIMIZERS, SCHEDULES, SOLVERS, Extra, Optimizer, Regularized, Schedule, Solver
 from nfscale.rng import as_tensor, datum_seed
 from nfscale.signals import SIGNALS, Grid, Image, Samples, Scene, Sound
 from nfscale.signals.base import Pointwise
+from nfscale.signals.tiles import Gridded, Tile, blended, box_of, place_metrics
 
 SEEDS = as_tensor([datum_seed(0, f"datum-{index}") for index in range(3)])
 CHANNELS = 2
@@ -386,6 +389,47 @@ def test_a_datum_that_does_not_fit_is_refused_in_a_sentence(signal):
     for wrong in (np.full_like(array, np.nan), np.zeros((0, *array.shape[1:]), array.dtype)):
         with pytest.raises(ValueError, match=r"\w+ \w+"):
             signal.samples(with_array(data[0], wrong))
+
+
+@pytest.mark.parametrize("kind", [kind for kind, cls in SIGNALS.items() if issubclass(cls, Gridded)])
+def test_a_datum_that_is_cut_and_blended_is_the_datum(kind):
+    """With fields that say exactly what their blocks hold: block by block, in the order of `coordinates`."""
+    signal, datum = SIGNALS[kind](channels=CHANNELS), DATA[kind][0]
+    cells, per_unit = signal.grid_of(datum), signal.cells_per_unit(datum)
+    assert tuple(int(signal.measures(datum)[name]) for name in signal.grid_axes) == cells
+    tile = Tile.parsed({"size": 3 / per_unit, "overlap": 1 / per_unit}, signal.grid_axes, signal.whole_cells)
+    cuts = tile.cuts(cells, per_unit)
+    assert any(len(cut.starts) > 1 for cut in cuts)
+    shapes = set()
+
+    def evaluate(group):
+        for part in group:
+            block = signal.cut(datum, box_of(cuts, part.block))
+            shape = signal.shape_of(signal.measures(block))
+            shapes.add(signal.whole_shape(signal.measures(block) | place_metrics(signal.grid_axes, cuts, part.block)))
+            samples, wanted = signal.samples(block), signal.coordinates(shape)
+            assert torch.equal(signal.block_coordinates(part.places, shape), wanted), "as the block was fitted"
+            known = torch.cat([one.coordinates for one in parts_of(samples)])
+            yield samples.values[(wanted[:, None] - known).abs().amax(dim=2).argmin(dim=1)]
+
+    fitted = signal.shape_of(signal.measures(datum))
+    whole = blended(cuts, signal.points(fitted, fitted), CHANNELS, evaluate, together=2)
+    rebuilt, original = signal.reconstruct(whole[None], fitted)[0], signal.original(datum)
+    assert np.abs(array_of(rebuilt) - array_of(original)).max() < 1e-6
+    assert signal.whole_quality(original, rebuilt) > 100
+    assert shapes == {fitted}, "every block knows the shape of the whole"
+
+
+@pytest.mark.parametrize("kind", SIGNALS)
+def test_a_job_cuts_what_is_a_grid_and_refuses_the_rest_in_a_sentence(kind):
+    settings = {"dataset": {"kind": "folder", "path": "."}, "signal": {"kind": kind, "tile": 2}, "output": "run"}
+    if issubclass(SIGNALS[kind], Gridded):
+        assert job_from_settings(settings, []).tile.size == (2,) * SIGNALS[kind].dimensions
+        return
+    with pytest.raises(
+        CallerError, match=r"signal\.tile: such data are no grids .* of audio, image, video, volume are"
+    ):
+        job_from_settings(settings, [])
 
 
 # Optimisers

@@ -38,6 +38,14 @@ def test_blocks_are_where_their_ids_and_affines_say(made_up):
     assert (datum.content.affine @ [0, 0, 0, 1])[:3].tolist() == [6 - 4, 4 - 30, 2 - 200]
 
 
+def test_a_whole_volume_is_one_datum(made_up):
+    whole = BrainDataset(made_up._paths, ["t1"], size=None)
+    assert list(whole.ids) == ["t1"]
+    voxels = whole.read(0).content
+    assert voxels.values.shape == (5, 7, 9)
+    assert (voxels.affine @ [0, 0, 0, 1])[:3].tolist() == [-4, -30, -200]
+
+
 def test_a_volume_that_cannot_be_read_gives_data_with_a_reason(made_up):
     datum = made_up.read(made_up.ids.index("gm/z00y00x00"))
     assert datum.content is None
@@ -61,6 +69,9 @@ def test_the_set_itself():
     except CallerError as error:
         pytest.skip(f"the maps cannot be had here: {error}")
     assert len(dataset.ids) == 110 + 118 + 110
+    whole = DATASETS["brain"](size=None).open()
+    assert list(whole.ids) == ["t1"]
+    assert whole.read(0).content.values.shape == (189, 233, 197)
     assert list(DATASETS["brain"]().open().ids) == list(dataset.ids)[:110]
     for position in (20, 170, 300):
         datum = dataset.read(position)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nfscale.datasets.folder import Folder
 from nfscale.datasets.scenes import Scenes, catalogue_of
 from nfscale.errors import CallerError
 from nfscale.job import load_job
@@ -18,6 +19,7 @@ from nfscale.media.render import CAMERA_ANGLE_X, ViewSettings, load_surface, orb
 from nfscale.media.render import test_poses as poses_of_tests
 from nfscale.media.render import train_poses as poses_of_training
 from nfscale.signals import Radiance
+from tests.media.test_cameras import llff_rows, write_colmap
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ViewSettings(size=32, train=4, test=2)
@@ -165,3 +167,33 @@ def test_the_job_that_ships_is_valid():
     job = load_job(ROOT / "pipelines/scenes.yaml")
     assert job.dataset.kind == job.name == "scenes"
     assert job.signal.kind == "radiance"
+
+
+@pytest.mark.parametrize("form", ["text", "binary", "llff"])
+def test_cameras_of_a_rendered_scene_come_back_from_colmap_and_llff(tmp_path, quad, form):
+    """The pictures of the scene are written anew, with each format's cameras beside them."""
+    (tmp_path / "rendered").mkdir()
+    render_scene(load_surface(quad, 64), tmp_path / "rendered", TINY)
+    (position, scene) = next(all_of(tmp_path / "rendered"))
+    again = tmp_path / "again"
+    (again / "images").mkdir(parents=True)
+    for number, image in enumerate(scene.images):
+        Image.fromarray(image).save(again / f"images/view_{number:03d}.png")
+    focal = TINY.size / 2 / math.tan(scene.camera_angle_x / 2)
+    if form == "llff":
+        np.save(again / "poses_bounds.npy", llff_rows(scene.poses, 1.0, 5.0, size=TINY.size, focal=focal))
+    else:
+        write_colmap(again / "sparse/0", scene.poses, points=[], is_text=form == "text", size=TINY.size, focal=focal)
+    (position, found) = next(all_of(again))
+    assert position == 0
+    np.testing.assert_allclose(found.poses, scene.poses, atol=1e-7)
+    assert found.camera_angle_x == pytest.approx(scene.camera_angle_x, rel=1e-9)
+    assert np.array_equal(found.images, scene.images)
+
+
+def all_of(folder: Path):
+    dataset = Folder(str(folder), modality="radiance").open()
+    for position in range(len(dataset.ids)):
+        datum = dataset.read(position)
+        assert datum.error is None, datum.error
+        yield position, datum.content

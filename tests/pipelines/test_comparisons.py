@@ -9,7 +9,7 @@ from nfscale.fields import theta0_of
 from nfscale.optim import Adam, Schedule
 from nfscale.rng import as_tensor, datum_seed
 from nfscale.signals.transforms import VALUES
-from pipelines import optimizer_rule, transformations, weight_scaling
+from pipelines import learned_start, optimizer_rule, transformations, weight_scaling
 
 pytest.importorskip("skimage", reason="the photographs are scikit-image's")
 
@@ -81,3 +81,37 @@ def test_weight_scaling_and_siren_start_alike_but_for_the_scale_and_all_methods_
     fits = list(weight_scaling.fits(task, "weight_scaling", 1e-3, "cosine", 20, None))
     assert fits[0].steps == 20
     assert fits[0].to_level.count(";") == 3
+
+
+def small_starts(monkeypatch) -> learned_start.Task:
+    lengths = {"drawn": (30, 40), "learned": (20,)}
+    keys = {"data": 6, "rounds": 4, "tasks": 3, "inner_steps": 20}
+    monkeypatch.setattr(learned_start, "TASKS", {"photos": (lengths, keys)})
+    monkeypatch.setattr(learned_start, "CALIBRATION", 2)
+    task = learned_start.task_of("photos", 6, 2)
+    job = task.job.model_copy(update={"fit": task.job.fit.model_copy(update={"target": 12.0})})
+    field = replace(task.field, width=16, depth=2)
+    return replace(task, job=job, field=field)
+
+
+def test_starts_are_compared_by_the_steps_to_the_target_and_learning_is_paid_for(monkeypatch):
+    task = small_starts(monkeypatch)
+    ids = [datum_id for part in (task.known, task.calibration, task.unseen) for datum_id, _ in part]
+    assert len(set(ids)) == 10, "what is learned from is not what is fitted"
+    _, _, drawn, learned = (cells(row) for row in learned_start.compared_starts(task, ["reptile"], small=True))
+    assert drawn[0] == "weight-scaled draw"
+    steps, own = float(drawn[1]), float(learned[1])
+    assert float(learned[2]) == pytest.approx(own / steps, abs=0.005)
+    assert learned[5] == "300"
+    if own < steps:
+        assert float(learned[6].replace(",", "")) == pytest.approx(300 / (steps - own), abs=0.5)
+
+
+def test_ladders_are_compared_by_share_and_steps(monkeypatch):
+    task = small_starts(monkeypatch)
+    _, _, one, ladder = (cells(row) for row in learned_start.compared_budgets(task, (40,), [(10, 40)]))
+    assert [one[0], ladder[0]] == ["one of 40", "ladder of 10, 20, 40"]
+    for row in (one, ladder):
+        assert 0 <= float(row[1]) <= 1
+        assert 5 <= float(row[2]) <= 40
+        assert float(row[3]) > 0
