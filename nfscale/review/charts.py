@@ -160,6 +160,7 @@ def differences(values: np.ndarray, interval: tuple[float, float], unit: str) ->
     axes.axvline(0, color=INK, linewidth=1)
     axes.axvspan(*interval, color=ORANGE, alpha=0.35, linewidth=0)
     axes.axvline(float(values.mean()), color=ORANGE, linewidth=1.5)
+    axes.set_xlim(low, high)
     axes.set_xlabel(f"difference in quality [{unit}]  (orange: mean and its interval)")
     axes.set_ylabel("data")
     return inline(figure, f"Differences in quality in {unit}")
@@ -167,7 +168,7 @@ def differences(values: np.ndarray, interval: tuple[float, float], unit: str) ->
 
 def pairs(one: np.ndarray, other: np.ndarray, names: tuple[str, str], unit: str) -> str:
     """Quality of a sample of data in one run against that in another; on the line they are equal."""
-    figure, axes = new(4.4, 4.0)
+    figure, axes = new(6.2, 4.6)
     chosen = slice(None, None, -(-len(one) // _MOST_POINTS))
     axes.plot(one[chosen], other[chosen], ".", color=BLUE, markersize=4, alpha=0.6, markeredgewidth=0)
     low, high = _span(np.concatenate([one, other]))

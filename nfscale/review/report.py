@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 import yaml
@@ -111,9 +112,15 @@ def _galleries(run: OpenRun, table: WeightsTable, rows: Gathered) -> dict[str, A
         return context | {"canvases": [_canvas(run, one) for one in together]}
     place = _place_of(run.dataset)
     if place is not None:
-        return context | {"canvases": shown.canvases(rows.ids_at(fitted), place)}
+        return context | {"canvases": shown.canvases(_fitted_ids(table), place)}
     sample = np.random.default_rng(run.job.seed).permutation(count)[:_MOSAIC]
     return context | {"mosaic": shown.mosaic(sorted(rows.ids_at(fitted[sample])))}
+
+
+def _fitted_ids(table: WeightsTable) -> list[str]:
+    """Of all data that have a quality; asked for where data are tiles, whose ids say what they are tiles of."""
+    ids = table.to_arrow(["datum_id", "quality"]).filter(pc.field("quality").is_valid())["datum_id"]
+    return ids.to_pylist()
 
 
 class _Shown:
