@@ -10,6 +10,7 @@ from nfscale.cli.compare import compare
 from nfscale.cli.decode import decode
 from nfscale.cli.diagnose import app as diagnose
 from nfscale.cli.encode import encode
+from nfscale.cli.estimate import estimate
 from nfscale.cli.gc import gc
 from nfscale.cli.review import review
 from nfscale.cli.status import status
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (encode, status, decode, verify, review, compare, gc, submit, jobs, logs, stop):
+for command in (encode, estimate, status, decode, verify, review, compare, gc, submit, jobs, logs, stop):
     app.command()(command)
 app.add_typer(diagnose, name="diagnose")
 # Its arguments are parsed where torch and numpy are all there is.
