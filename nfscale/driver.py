@@ -22,7 +22,7 @@ from nfscale.encode import OpenRun, Progress, ShardReport, calibrate_run, encode
 from nfscale.errors import CallerError, EncodeError, ExitCode, NfscaleError, OutputError, SupersededError
 from nfscale.files import StoreError
 from nfscale.job import EncodeJob
-from nfscale.store.run_folder import Commit, Plan, RunFolder, Shard
+from nfscale.store.run_folder import ESTIMATE, Commit, Plan, RunFolder, Shard
 
 _POLL_SECONDS = 0.5
 BEAT_SECONDS = 5.0
@@ -209,6 +209,28 @@ class Summary:
         return self.fitted_here / self.seconds if self.seconds else 0.0
 
 
+def refuse_foreign(folder: RunFolder) -> bool:
+    """Check that a folder is a run's or may become one; whether it is a run's already.
+
+    Raises:
+        CallerError: if it holds something else, is a file or cannot be looked into.
+    """
+    output = str(folder)
+    try:
+        if folder.has_plan:
+            return True
+        others = [name for name in folder.files.some_entries(4) if name != ESTIMATE][:3]
+    except NotADirectoryError as error:
+        raise CallerError(f"output {output!r} is a file; give a folder") from error
+    except OSError as error:
+        raise CallerError(f"cannot look into the output {output!r}: {error.strerror or error}") from error
+    if others:
+        raise CallerError(
+            f"output {output!r} is not empty and not a run folder (it holds {', '.join(others)}); give a new folder"
+        )
+    return False
+
+
 def open_run(job: EncodeJob, device: str = "cpu") -> tuple[RunFolder, Plan]:
     """The run folder with its frozen plan: made now, or found there.
 
@@ -217,12 +239,7 @@ def open_run(job: EncodeJob, device: str = "cpu") -> tuple[RunFolder, Plan]:
         MismatchError: if files that are committed are gone.
     """
     folder = RunFolder(job.output)
-    try:
-        planned, others = folder.has_plan, folder.files.some_entries(3)
-    except NotADirectoryError as error:
-        raise CallerError(f"output {job.output!r} is a file; give a folder") from error
-    except OSError as error:
-        raise CallerError(f"cannot look into the output {job.output!r}: {error.strerror or error}") from error
+    planned = refuse_foreign(folder)
     if planned:
         plan = folder.plan()
         folder.refuse_other(plan, job.fingerprint(ids_digest(job.open_dataset().ids)), job.model_dump(mode="json"))
@@ -230,10 +247,6 @@ def open_run(job: EncodeJob, device: str = "cpu") -> tuple[RunFolder, Plan]:
         if folder.is_complete and sum(commit.rows for commit in folder.commits()) < plan.data_count:
             folder.unfinish()  # commits were removed since: their data are fitted again
         return folder, plan
-    if others:
-        raise CallerError(
-            f"output {job.output!r} is not empty and not a run folder (it holds {', '.join(others)}); give a new folder"
-        )
     plan = make_plan(job, device)
     try:
         return folder, folder.freeze(plan)

@@ -30,7 +30,17 @@ from nfscale.coordinator import portion
 from nfscale.datasets import Dataset, Datum, seeded_sample
 from nfscale.datasets.base import ids_digest
 from nfscale.datasets.tiled import PROBED_BLOCKS, Tiled
-from nfscale.engine import Calibration, Check, Fitted, LearnedStart, Snapshot, calibrate, fit_and_checks, learn_start
+from nfscale.engine import (
+    Calibration,
+    Check,
+    Fitted,
+    LearnedStart,
+    Snapshot,
+    Stop,
+    calibrate,
+    fit_and_checks,
+    learn_start,
+)
 from nfscale.engine.dispatch import StepName, chosen
 from nfscale.engine.loop import SELECTS_WITHOUT_CHECK
 from nfscale.engine.sampling import DRAWN_IN_FULL
@@ -307,6 +317,28 @@ class OpenRun:
         every = self.job.optimizer.update_every
         return Calibration(torch.from_numpy(diagonal.copy()), torch.from_numpy(step_rms.copy()), every)
 
+    def fits(
+        self, data: Iterator[tuple[str, Samples]], *, stop: Stop | None = None, resume: Snapshot | None = None
+    ) -> Iterator[Fitted | Check]:
+        """Fit data as the job says, but for where to `stop`, if that is given; see `fit_and_checks`."""
+        job, theta0 = self.job, self.theta0
+        return fit_and_checks(
+            self.field,
+            self.signal,
+            data,
+            optimizer=self.optimizer,
+            stop=stop or job.fit.stop(),
+            seed=job.seed,
+            init="per_datum" if theta0 is None else theta0,
+            samples=job.fit.samples,
+            sampling=job.fit.sampling,
+            calibration=self.calibration,
+            batch=job.fit.batch,
+            step=job.fit.step,
+            clock=time.perf_counter,
+            resume=resume,
+        )
+
 
 def calibrate_run(run: OpenRun, crashes: int = 0) -> None:
     """Estimate what the fields share and store it, put-if-absent: the first lease of a run.
@@ -355,7 +387,7 @@ def _samples_of_one_kind(
     by_kind: dict[Kind, list[tuple[str, Samples]]] = {}
     for position in positions:
         datum = dataset.read(position)
-        prepared = _prepared(signal, datum, in_full)
+        prepared = prepared_of(signal, datum, in_full)
         if isinstance(prepared, Samples):
             prepared = replace(prepared, heldout=None)
             group = by_kind.setdefault(prepared.kind, [])
@@ -365,7 +397,7 @@ def _samples_of_one_kind(
     return max(by_kind.values(), key=len, default=[])
 
 
-def _prepared(signal: Signal, datum: Datum, in_full: bool) -> Samples | str:
+def prepared_of(signal: Signal, datum: Datum, in_full: bool) -> Samples | str:
     """A datum's samples, or the reason why it has none.
 
     Args:
@@ -517,7 +549,7 @@ def _read(run: OpenRun, shard: Shard, attempt: str, known: set[str]) -> Generato
         seed = datum_seed(run.job.seed, datum.id)
         label = _label(datum, run.plan.label_type)
         row = Row(datum.id, datum.index, "decode_error", shard.index, attempt, seed, datum.split, label)
-        prepared = _prepared(run.signal, datum, run.job.fit.samples == "full")
+        prepared = prepared_of(run.signal, datum, run.job.fit.samples == "full")
         if isinstance(prepared, str):
             row.reason = prepared
             yield _Read(row)
@@ -558,24 +590,7 @@ def _fitted(
                     in_work[read.row.datum_id] = read.content, read.samples
                     yield read.row.datum_id, read.samples
 
-    job = run.job
-    theta0 = run.theta0
-    events = fit_and_checks(
-        run.field,
-        run.signal,
-        data(),
-        optimizer=run.optimizer,
-        stop=job.fit.stop(),
-        seed=job.seed,
-        init="per_datum" if theta0 is None else theta0,
-        samples=job.fit.samples,
-        sampling=job.fit.sampling,
-        calibration=run.calibration,
-        batch=job.fit.batch,
-        step=job.fit.step,
-        clock=time.perf_counter,
-        resume=resume,
-    )
+    events = run.fits(data(), resume=resume)
     together: list[Fitted] = []
     unmeasured: list[Row] = []
     reported = saved = time.perf_counter()
@@ -603,7 +618,7 @@ def _fitted(
                 measure()
         else:
             spent.on_check(event)
-            if time.perf_counter() - saved > 60 * job.checkpoint_minutes and event.snapshot is not None:
+            if time.perf_counter() - saved > 60 * run.job.checkpoint_minutes and event.snapshot is not None:
                 save(event.snapshot())
                 saved = time.perf_counter()
         if time.perf_counter() - reported > (_REPORT_SECONDS if together else _BEAT_SECONDS):

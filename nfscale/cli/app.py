@@ -11,6 +11,7 @@ from nfscale.cli.compare import compare
 from nfscale.cli.decode import decode
 from nfscale.cli.diagnose import app as diagnose
 from nfscale.cli.encode import encode
+from nfscale.cli.estimate import estimate
 from nfscale.cli.export import export
 from nfscale.cli.gc import gc
 from nfscale.cli.generate import generate
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-_OF_RUNS = (encode, status, decode, verify, review, compare, gc)
+_OF_RUNS = (estimate, encode, status, decode, verify, review, compare, gc)
 _OF_CLUSTERS = (submit, jobs, logs, stop)
 _OF_WEIGHTS = (classify, generate, export)
 for command in (*_OF_RUNS, *_OF_CLUSTERS, *_OF_WEIGHTS):

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import pyarrow.parquet as pq
@@ -13,6 +13,7 @@ from rich.console import Console
 from nfscale.cli.common import JsonOption, RunArgument, percentages, write_json
 from nfscale.cli.progress import clock
 from nfscale.driver import BEAT_SECONDS
+from nfscale.plan import actual
 from nfscale.store import RunFolder
 from nfscale.store.run_folder import Commit, Plan
 from nfscale.store.schema import FAILED_STATUSES, STATUS, quality_text
@@ -110,6 +111,8 @@ class _Known:
             ],
             "at": time.time(),
         }
+        if (expected := folder.estimate()).get("fingerprint") == plan.fingerprint and commits and not damaged:
+            figures |= {"estimate": expected, "actual": actual(folder)}
         self.before = self.before or figures
         return figures
 
@@ -149,12 +152,31 @@ def _lines(figures: dict[str, Any]) -> Iterator[str]:
     if figures["shard_median_quality"] is not None:
         name = figures["quality_name"]
         yield f"quality   median of the shards' median {name} {quality_text(name, figures['shard_median_quality'])}"
+    if "estimate" in figures:
+        yield from _against_estimate(figures["estimate"], figures["actual"])
     if damaged := figures["damaged"]:
         yield f"damaged   {', '.join(damaged[:5])}: files gone or of another size; `nfscale verify` says more"
     if left := figures["uncommitted_files"]:
         yield f"attempts  {len(left)} files that no commit names; `nfscale gc` removes them once no driver runs"
     for entry in figures["failed"][:_REASONS_SHOWN]:
         yield f"failed    {entry['count']:,} x {entry['status']}: {entry['reason']} (such as {entry['example']})"
+
+
+def _against_estimate(expected: dict[str, Any], found: dict[str, float]) -> Iterator[str]:
+    """Lines that say, for each figure of an estimate, its interval and what the run has come to."""
+    name = expected["quality_name"]
+    forms: dict[str, tuple[str, Callable[[float], str]]] = {
+        "device_hours": ("device-hours", lambda hours: f"{hours:.4g}"),
+        "bytes": ("MB of table", lambda size: f"{size / 1e6:.1f}"),
+        "median_quality": (f"median {name}", lambda quality: quality_text(name, quality)),
+        "share_at_target": ("share at target", lambda share: f"{share:.3f}"),
+    }
+    for key, (what, text) in forms.items():
+        if expected.get(key) is None or key not in found:
+            continue
+        interval = expected.get(f"{key}_interval")
+        within = f" [{text(interval[0])} to {text(interval[1])}]" if interval and None not in interval else ""
+        yield f"estimate  {what}: {text(expected[key])}{within} for all; so far {text(found[key])}"
 
 
 def state_of(folder: RunFolder, driver: dict[str, Any] | None) -> tuple[str, str]:

@@ -67,6 +67,8 @@ class Check:
     """By the clock, of measuring the slots after them."""
     snapshot: Callable[[], Snapshot] | None = field(default=None, compare=False, repr=False)
     """The fields that go on, as they are now: to be called before the next field or check comes out."""
+    slots: int = 0
+    """Fields that the batch may hold, whether or not so many are left."""
 
 
 def fit_and_checks(
@@ -318,7 +320,7 @@ class _Loop:
             taken = len(active) * self.stop.cadence
             seconds = between - before, after - between
             snapshot = functools.partial(snapshot_of, batch)
-            check = Check(len(active), len(leaving), taken, self.step.name, *seconds, snapshot)
+            check = Check(len(active), len(leaving), taken, self.step.name, *seconds, snapshot, capacity)
             self.observe(check)
             yield check
             self._look(batch, fresh)

@@ -44,6 +44,8 @@ CONVERGENCE = "review/convergence.parquet"
 WORST_TABLE = "review/worst.json"
 JOB_FILE = "review/job.yaml"
 IPC_COPY = "weights.arrow"
+ESTIMATE = "estimate.json"
+"""May lie in the folder before the run does."""
 _CONTROL = "_control"
 _DRIVERS = "drivers"
 _CHECKPOINTS = "checkpoints"
@@ -217,6 +219,21 @@ class RunFolder:
     def tracking(self) -> dict[str, Any]:
         """Where this run is in MLflow: tracking_uri, experiment_id, run_id, and whether it is there whole."""
         return self._json("mlflow.json")
+
+    def write_estimate(self, figures: dict[str, Any]) -> None:
+        """Keep what the run is expected to cost and to come to, see `nfscale.plan.estimate`.
+
+        Raises:
+            CallerError: if the folder cannot be written.
+        """
+        try:
+            self.files.replace(ESTIMATE, schema.json_bytes(figures))
+        except OSError as error:
+            raise CallerError(f"cannot write {self.files.place(ESTIMATE)}: {error.strerror or error}") from error
+
+    def estimate(self) -> dict[str, Any]:
+        """What was estimated before the run; empty where nothing was."""
+        return self._json(ESTIMATE)
 
     def set_tracking(self, tracking_uri: str, run_id: str, experiment_id: str, whole: bool) -> None:
         """Remember where this run is in MLflow."""

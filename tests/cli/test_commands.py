@@ -51,6 +51,23 @@ def test_encode_on_a_finished_run_does_nothing(home):
     assert {p: p.stat().st_mtime_ns for p in (home / "runs").rglob("*")} == before
 
 
+def test_estimate_then_encode_then_status_compares_them(home, tmp_path):
+    output = tmp_path / "run"
+    told = nfscale("estimate", home / "job.yaml", f"output={output}", "--seconds", 1, "--json", tmp_path / "e.json")
+    assert told.returncode == 0, told.stderr
+    figures = json.loads((tmp_path / "e.json").read_text())
+    low, high = figures["median_quality_interval"]
+    assert low <= figures["median_quality"] <= high
+    assert f"of {figures['data']} data fitted" in told.stdout
+    assert [path.name for path in output.iterdir()] == ["estimate.json"], "nothing is encoded"
+    assert nfscale("encode", home / "job.yaml", f"output={output}", "track.enabled=false").returncode == 0
+    said = nfscale("status", output, "--json", tmp_path / "s.json").stdout
+    assert "estimate  device-hours: " in said
+    assert "estimate  median psnr_db: " in said
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert found["actual"]["data"] == found["estimate"]["data"] == 48
+
+
 def test_status_verify_and_decode(home):
     run = home / "runs" / "tiny"
     status = nfscale("status", run, "--json", home / "status.json")
