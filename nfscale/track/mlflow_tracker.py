@@ -338,7 +338,7 @@ class _Projection:
                 self.client.create_registered_model(name)
             # A tracking server takes a model of its own as the source only together with its id.
             self.client.create_model_version(
-                name, source=logged.model_uri, run_id=self.run_id, model_id=logged.model_id
+                name, logged.model_uri, self.run_id, model_id=logged.model_id, await_creation_for=0
             )
         self.client.set_tag(self.run_id, _MODEL_TAG, name)
 
