@@ -102,8 +102,8 @@ class _Task:
     """Left before it is cut, or quarantined."""
     budget: int
     """Attempts left that may touch one datum of the whole shard it comes from."""
-    whole: str
-    """The name of that shard."""
+    within: tuple[str, ...] = ()
+    """The names of the shards that it is a part of."""
     failures: int = 0
     setbacks: int = 0
     """Failures that are not counted."""
@@ -173,11 +173,11 @@ class Coordinator:
         for shard in self.shards:
             self._add(self._task(shard))
         self._next = self.first_lease
-        self._calibration = _Task(None, self.attempts_before_bisection, len(_PORTIONS), "")
+        self._calibration = _Task(None, self.attempts_before_bisection, len(_PORTIONS))
 
     def _task(self, shard: Any) -> _Task:
         attempts = 1 if shard.part else self.attempts_before_bisection
-        return _Task(shard, attempts, len(shard).bit_length() + 1, shard.name)  # floor(log2(n)) + 2
+        return _Task(shard, attempts, len(shard).bit_length() + 1)  # floor(log2(n)) + 2
 
     def _add(self, task: _Task) -> None:
         self._open += 1
@@ -355,7 +355,8 @@ class Coordinator:
         if self._succeeded or (failure is Failure.CRASH and task.attempts > 0):
             return
         seen = self._errors.setdefault(message, set())
-        seen.add(task.whole)
+        seen.difference_update(task.within)  # one datum's error ends the shard and the part that it is in
+        seen.add(task.shard.name)
         if len(seen) >= self.fatal_shards:
             self.fatal = f"the same error ended {len(seen)} shards and none succeeded: {message}"
 
@@ -366,7 +367,7 @@ class Coordinator:
             return
         self._open -= 1
         for half in shard.halves():
-            part = _Task(half, 1, task.budget, task.whole)
+            part = _Task(half, 1, task.budget, (*task.within, shard.name))
             self._open += 1
             if shard.part or len(half) == 1:
                 self._ready.append(part)

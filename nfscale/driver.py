@@ -186,7 +186,7 @@ class Summary:
     fitted_here: int = 0
     """Fields that this driver's workers committed."""
     workers: int = 0
-    """That had a lease of this driver."""
+    """That had a lease of this driver at the same time, at most."""
     spent: dict[str, float] = field(default_factory=dict)
     """Wall seconds of these workers by what they went into, see `Commit.spent`; all of theirs are
     `seconds` times `workers`."""
@@ -374,7 +374,6 @@ class _Service:
         """By worker."""
         self.ended: list[str] = []
         """Attempts that this driver has ended."""
-        self.workers: set[str] = set()
         self.beaten = -math.inf
 
     def run(self) -> Summary:
@@ -397,7 +396,6 @@ class _Service:
                 observer.on_tick()
         now = self.clock()
         summary.seconds = now - summary.first_lease_at if summary.first_lease_at is not None else 0.0
-        summary.workers = len(self.workers)
         summary.driver_cpu_seconds, summary.driver_peak_mb = time.process_time() - begun, peak_mb()
         self.folder.remove_attempts(self.ended)
         rows = sum(commit.rows for commit in self.folder.commits())
@@ -448,7 +446,7 @@ class _Service:
             if self.summary.first_lease_at is None:
                 self.summary.first_lease_at = self.clock()
             self.leases[worker] = replace(lease, attempt=new_attempt())
-            self.workers.add(worker)
+            self.summary.workers = max(self.summary.workers, len(self.leases))
             self.pool.start(self.leases[worker])
 
     def _hear(self, event: Event) -> None:

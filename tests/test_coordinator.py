@@ -146,6 +146,27 @@ def test_workers_that_all_die_end_the_run_once_shards_had_to_be_cut_for_it():
     assert coordinator.fatal == "the same error ended 3 shards and none succeeded: died"
 
 
+@pytest.mark.parametrize("failure", [Failure.TASK, Failure.CRASH])
+def test_a_run_of_one_shard_ends_with_the_error_of_its_parts(failure):
+    coordinator, attempts = Coordinator(shards(1, 64)), 0
+    while coordinator.fatal is None:
+        carry_out(coordinator, {})
+        coordinator.failed(coordinator.lease("w", 0.0), failure, "no such module", 0.0)
+        attempts += 1
+    assert attempts == 5, "twice the whole, and three of its quarters"
+
+
+def test_one_deadly_datum_does_not_end_a_run_in_which_nothing_has_succeeded_yet():
+    coordinator = Coordinator(shards(1, 64))
+    for _ in range(30):
+        carry_out(coordinator, {})
+        lease = coordinator.lease("w", 0.0)
+        if lease is not None and lease.shard.start <= 5 < lease.shard.stop and not lease.quarantine:
+            coordinator.failed(lease, Failure.CRASH, "segfault", 0.0)
+    assert coordinator.fatal is None
+    assert [lease.quarantine is not None for lease in coordinator.in_flight].count(True) == 1
+
+
 def test_errors_after_a_success_do_not_end_the_run():
     coordinator = Coordinator(shards(5))
     coordinator.succeeded(coordinator.lease("w", 0.0), 1.0)

@@ -210,8 +210,11 @@ class RayPool:
             worker.stream = None
             return None
         except errors.RayTaskError as error:
-            self._release(worker)
             cause = error.cause or error
+            if _is_poisoned(cause):
+                self._drop(worker)
+                return Failed(worker.name, Failure.CRASH, explained(cause))
+            self._release(worker)
             return Failed(worker.name, failure_of(cause), explained(cause))
         except errors.RayError as error:
             failure = Failure.INFRA if self._node_is_gone(worker, error) else Failure.CRASH
@@ -269,6 +272,11 @@ class _FitWorker:
         """Progress, then the report of a lease."""
         self._run = self._run or OpenRun(RunFolder(self._folder))
         yield from work_on(self._run, lease)
+
+
+def _is_poisoned(error: BaseException) -> bool:
+    """Whether the process has lost its GPU: after an illegal access every further call fails with the same error."""
+    return "CUDA error" in str(error)
 
 
 def _draining_nodes() -> set[str]:

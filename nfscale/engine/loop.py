@@ -7,6 +7,7 @@ the matrix library picks its path by the alignment of a field's block, and resul
 """
 
 import functools
+import inspect
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -136,6 +137,7 @@ def _without_checks(both: Callable[_Keys, Iterator[Fitted | Check]]) -> Callable
 
     functools.update_wrapper(fit, both)
     fit.__name__ = fit.__qualname__ = "fit"
+    fit.__signature__ = inspect.signature(both).replace(return_annotation=Iterator[Fitted])  # type: ignore[attr-defined]
     fit.__doc__ = (both.__doc__ or "").replace(", and among them each check", "")
     return fit
 

@@ -1,14 +1,114 @@
 """The pool on a cluster whose nodes come and go."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from nfscale.coordinator import Failure, Lease
+from nfscale.distributed import RayPool
 from nfscale.driver import Failed, open_run
 from tests.jobs import tiny_job
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+class FakeRay:
+    """As much of Ray as a pool needs to add and drop actors."""
+
+    def __init__(self):
+        self.options = []
+
+    def remote(self, **options):
+        self.options.append(options)
+        actor = SimpleNamespace(node=SimpleNamespace(remote=object))
+        return lambda worker_class: SimpleNamespace(remote=lambda *arguments: actor)
+
+    def kill(self, actor): ...
+
+
+def pool_on(cpus, gpus=0, workers="auto", max_workers=None, workers_per_gpu=1, on_cluster=True):
+    """A pool on a cluster of these resources, all of whose workers are pending."""
+    pool = RayPool.__new__(RayPool)
+    pool._on_cluster, pool._asked, pool._max, pool._per_gpu = on_cluster, workers, max_workers, workers_per_gpu
+    pool._useful, pool._workers, pool._started, pool._draining = None, {}, 0, set()
+    pool._resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    pool._ray, pool._folder = FakeRay(), ""
+    pool._reconcile()
+    return pool
+
+
+@pytest.mark.parametrize(
+    ("keys", "workers", "gpus_each"),
+    [
+        ({"cpus": 4}, 4, 0),
+        ({"cpus": 0}, 1, 0),  # a head alone: one is asked of an autoscaler
+        ({"cpus": 4, "max_workers": 2}, 2, 0),
+        ({"cpus": 4, "max_workers": 9}, 9, 0),  # five are asked of an autoscaler
+        ({"cpus": 4, "max_workers": 9, "on_cluster": False}, 4, 0),  # nobody to ask
+        ({"cpus": 4, "workers": 3}, 3, 0),
+        ({"cpus": 4, "workers": 3, "max_workers": 2}, 2, 0),
+        ({"cpus": 16, "gpus": 2}, 2, 1),
+        ({"cpus": 16, "gpus": 2, "workers_per_gpu": 4}, 8, 0.25),
+        ({"cpus": 16, "gpus": 2, "workers_per_gpu": 0}, 16, 0),
+    ],
+)
+def test_how_many_workers_there_may_be_and_what_each_takes(keys, workers, gpus_each):
+    pool = pool_on(**keys)
+    assert len(pool._workers) == workers
+    assert {options["num_gpus"] for options in pool._ray.options} == {gpus_each}
+    assert all(options["max_restarts"] == options["max_task_retries"] == 0 for options in pool._ray.options)
+
+
+def test_no_more_workers_are_kept_than_are_of_use_and_none_that_is_at_work_is_let_go():
+    pool = pool_on(cpus=6)
+    up, busy, *_ = pool._workers.values()
+    up.starting = busy.starting = None
+    busy.lease = Lease(0, None, busy.name)
+    pool.want(2)
+    assert list(pool._workers.values()) == [up, busy], "those that are pending go first"
+    pool.want(1)
+    assert list(pool._workers.values()) == [busy]
+    pool.want(0)
+    assert list(pool._workers.values()) == [busy]
+    pool.want(4)
+    assert len(pool._workers) == 4
+
+
+class TaskError(Exception):
+    def __init__(self, cause):
+        self.cause = cause
+
+
+@pytest.mark.parametrize(
+    ("message", "failure", "stays"),
+    [
+        ("CUDA error: an illegal memory access was encountered", Failure.CRASH, False),
+        ("CUDA out of memory. Tried to allocate 2 GiB", Failure.TASK, True),
+        ("a strange datum", Failure.TASK, True),
+    ],
+)
+def test_a_process_that_has_lost_its_gpu_is_replaced(message, failure, stays):
+    pool = pool_on(cpus=1)
+    (worker,) = pool._workers.values()
+
+    def raises(stream):
+        raise TaskError(RuntimeError(message))
+
+    pool._ray.exceptions = SimpleNamespace(RayTaskError=TaskError, RayError=Exception)
+    pool._ray.get = raises
+    worker.starting, worker.lease, worker.stream = None, Lease(0, None, worker.name), iter([object()])
+    event = pool._next_event(worker)
+    assert (event.failure, worker.name in pool._workers) == (failure, stays)
+    assert message in event.message
+
+
+def test_a_worker_on_a_node_that_leaves_gets_no_lease():
+    pool = pool_on(cpus=2)
+    for worker, node in zip(pool._workers.values(), ("stays", "leaves"), strict=True):
+        worker.starting, worker.node = None, node
+    pool._draining = {"leaves"}
+    assert pool.idle() == ["worker-0"]
 
 
 @pytest.fixture
@@ -43,11 +143,10 @@ def polled(pool, until, seconds=120.0):
     return events
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_the_pool_grows_with_the_cluster_leaves_draining_nodes_and_shrinks(cluster, tmp_path):
     import ray
-
-    from nfscale.distributed import RayPool
 
     folder, plan = open_run(tiny_job(tmp_path / "run", "optimizer.kind=adam"))
     pool = RayPool(folder, workers="auto", max_workers=3)

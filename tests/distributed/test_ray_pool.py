@@ -68,21 +68,22 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path, undisturbed):
 def test_a_datum_that_kills_its_worker_costs_its_own_row_and_nothing_else(tmp_path):
     from nfscale.distributed import RayPool
 
-    arguments = {"count": 48, "deadly": 21, "log": str(tmp_path / "log")}
+    arguments = {"count": 24, "deadly": 13, "log": str(tmp_path / "log")}
     dataset = {"kind": "function", "target": "tests.strange_data:Deadly", "arguments": arguments}
-    folder, plan = open_run(tiny_job(tmp_path / "run", "optimizer.kind=adam", "fit.max_steps=20", dataset=dataset))
+    keys = ("optimizer.kind=adam", "fit.max_steps=20", "store.shard_fields=8")
+    folder, plan = open_run(tiny_job(tmp_path / "run", *keys, dataset=dataset))
     pool = RayPool(folder, workers=2)
     try:
         serve(folder, plan, pool, [])
     finally:
         pool.close()
     rows = open_weights(folder.files.path).to_arrow(["index", "status", "reason"]).to_pylist()
-    assert sorted(row["index"] for row in rows) == list(range(48))
-    assert [row["index"] for row in rows if row["status"] != "max_steps"] == [21]
-    (row,) = [row for row in rows if row["index"] == 21]
+    assert sorted(row["index"] for row in rows) == list(range(24))
+    assert [row["index"] for row in rows if row["status"] != "max_steps"] == [13]
+    (row,) = [row for row in rows if row["index"] == 13]
     assert row["status"] == "crashed"
     assert "the worker process died (SYSTEM_ERROR)" in row["reason"]
-    assert len((tmp_path / "log").read_text().splitlines()) <= math.log2(16) + 2
+    assert len((tmp_path / "log").read_text().splitlines()) <= math.log2(8) + 2
     assert not verify(folder).mismatches
     assert folder.uncommitted() == []
 
