@@ -26,6 +26,7 @@ from nfscale.errors import CallerError, NfscaleError
 _ANSWER_SECONDS = 10.0  # for a cluster to answer at all
 _SILENCE_SECONDS = 60.0  # an encode prints a line every ten seconds; after this much silence the cluster is asked
 _POLL_SECONDS = 0.5
+_CHATTY = ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging")
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -167,8 +168,8 @@ class RayCluster:
         except ImportError as error:
             raise CallerError(f"submitting needs more of Ray ({error}): pip install 'nfscale[cluster]'") from error
 
-        for chatty in ("ray.dashboard.modules", "ray._private.runtime_env.packaging"):
-            logging.getLogger(chatty).setLevel(logging.WARNING)
+        for chatty in _CHATTY:
+            logging.getLogger(f"ray.{chatty}").setLevel(logging.WARNING)
         with self._said():
             self._client: Any = JobSubmissionClient(address, headers=headers)
 

@@ -9,6 +9,13 @@ from typing import Literal
 Mood = Literal["well", "slow", "erring"]
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that was killed is no news here."""
+
+
 class FaultyStore:
     """Hands requests on to the server at `port`, and answers to `self.port`.
 
@@ -57,8 +64,7 @@ class FaultyStore:
 
             def log_message(self, *_: object) -> None: ...
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, name="faulty-store", daemon=True).start()
 

@@ -38,8 +38,9 @@ ROOT = Path(__file__).parents[2]
 NODES = 3
 WASTED_ALLOWED = 0.15
 DIFFERENCE_ALLOWED = 1e-6
-_BETWEEN_SECONDS = (8.0, 22.0)
-"""From one fault to the next: longer than what is lost by one, shorter than an encode."""
+_BETWEEN_SECONDS = (5.0, 18.0)
+"""From one fault to the next, or later, when workers are at work: longer than what is lost by one, shorter than an
+encode."""
 _DISK_BYTES = 256 << 20
 _AFTERWARDS_SECONDS = 420.0
 """That the last encode may go on after the last fault."""
@@ -143,7 +144,7 @@ class Chaos:
             "field": {"kind": "mlp", "width": 32, "depth": 2, "weight_scale": 1.5},
             "optimizer": {"kind": "esgd", "curvature": "shared"},
             "fit": {"max_steps": self.steps, "target": None, "samples": "full", "check_every": 20},
-            "store": {"shard_fields": 30},
+            "store": {"shard_fields": 20},
             "workers": NODES,
             "output": output,
         }
@@ -191,7 +192,7 @@ class Chaos:
                 one.problems.append(f"not done {_AFTERWARDS_SECONDS:.0f} s after the last fault")
                 kill(self.driver.pid)
                 break
-            if next_fault <= now < faults_until:
+            if next_fault <= now < faults_until and self.workers():
                 self.befall(one.place, now)
                 next_fault = now + self.draw.uniform(*_BETWEEN_SECONDS)
             self.mend(now)
@@ -235,8 +236,12 @@ class Chaos:
         self.mends.append((now + self.draw.uniform(low, high), mend))
         return True
 
+    def workers(self) -> list[int]:
+        """Processes that fit at this moment."""
+        return sorted(pid for pid in marked(self.mark) if "ray::_FitWorker.work" in command_of(pid))
+
     def kill_worker(self, now: float) -> bool:
-        workers = sorted(pid for pid in marked(self.mark) if "ray::_FitWorker" in command_of(pid))
+        workers = self.workers()
         return bool(workers) and kill(self.draw.choice(workers))
 
     def kill_raylet(self, now: float) -> bool:
@@ -461,8 +466,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=10.0, help="of faults; the last encode may go on after them")
-    parser.add_argument("--fields", type=int, default=900, help="of an encode")
-    parser.add_argument("--steps", type=int, default=1500, help="of a field")
+    parser.add_argument("--fields", type=int, default=1500, help="of an encode")
+    parser.add_argument("--steps", type=int, default=2000, help="of a field")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     parser.add_argument("--keep", action="store_true", help="keep the folder with all logs")
     options = parser.parse_args()

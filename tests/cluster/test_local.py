@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nfscale.store import open_weights
 from nfscale.store.run_folder import RunFolder
 from nfscale.verify import verify
+from tests.jobs import tiny_settings
 from tests.processes import command_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -124,17 +126,22 @@ def test_the_exit_code_is_that_of_the_encode(local, tmp_path):
 
 def test_stop_lets_the_encode_leave_in_good_order(local, tmp_path):
     output = tmp_path / "stopped"
-    sent = local.run("submit", *DIGITS, *LONGER, f"output={output}", "--no-wait")
-    job_id = sent.stdout.split(",")[0].removeprefix("submitted ")
+    arguments = {"count": 120, "first": 60, "until": str(tmp_path / "never")}
+    dataset = {"kind": "function", "target": "tests.strange_data:Held", "arguments": arguments}
+    settings = tiny_settings(output, dataset=dataset, optimizer={"kind": "adam"}, store={"shard_fields": 20})
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings | {"name": "held", "workers": 2}))
+    sent = local.run("submit", str(tmp_path / "job.yaml"), "--no-wait")
+    assert sent.stdout.startswith(f"submitted held-a0, into {output};"), sent.stderr
     wait_for(lambda: list((output / "commits").glob("*.json")), "the first commit")
-    other = local.run("submit", *DIGITS, *LONGER, f"output={output}")
+    other = local.run("submit", str(tmp_path / "job.yaml"))
     assert other.returncode == 2
-    assert f"{job_id} writes to {output} and is running" in other.stderr
-    assert local.run("stop", job_id).returncode == 0
-    followed = local.run("logs", job_id)
+    assert f"held-a0 writes to {output} and is running" in other.stderr
+    assert local.run("stop", "held-a0").returncode == 0
+    followed = local.run("logs", "held-a0")
     assert "interrupted; what is committed stays" in followed.stdout
     assert not (output / "_SUCCESS").exists()
     assert not (output / "driver.json").exists(), "it left, it was not killed"
+    assert local.run("stop", "held-a0").stdout == "held-a0 had ended before\n"
 
 
 def test_a_head_killed_in_the_middle_and_the_same_submit_again(local, tmp_path):
