@@ -18,6 +18,7 @@ from nfscale.cli.generate import generate
 from nfscale.cli.review import review
 from nfscale.cli.status import status
 from nfscale.cli.submit import jobs, logs, stop, submit
+from nfscale.cli.tune import tune
 from nfscale.cli.verify import verify
 from nfscale.errors import ExitCode, NfscaleError
 
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-_OF_RUNS = (estimate, encode, status, decode, verify, review, compare, gc)
+_OF_RUNS = (estimate, tune, encode, status, decode, verify, review, compare, gc)
 _OF_CLUSTERS = (submit, jobs, logs, stop)
 _OF_WEIGHTS = (classify, generate, export)
 for command in (*_OF_RUNS, *_OF_CLUSTERS, *_OF_WEIGHTS):

@@ -38,9 +38,9 @@ def estimate(
     job = load_job(job_file, overrides)
     folder = RunFolder(job.output)
     refuse_foreign(folder)
-    device, here = _here()
-    workers = on_workers or (here if job.workers == "auto" else max(1, job.workers))
-    processes = 1 if device == "cuda" else min(workers, here)
+    device, devices = here()
+    workers = on_workers or (devices if job.workers == "auto" else max(1, job.workers))
+    processes = 1 if device == "cuda" else min(workers, devices)
     found = estimate_job(
         job, seconds=seconds, workers=workers, processes=processes, seed=seed, device=device, price=price
     )
@@ -50,7 +50,7 @@ def estimate(
     _show(job, found)
 
 
-def _here() -> tuple[str, int]:
+def here() -> tuple[str, int]:
     """The device of this machine's workers, and how many it has."""
     import torch
 

@@ -5,20 +5,18 @@ which every beginning is spread evenly over the sorted ones. So the sample can e
 spent. Everything is what an encode runs: plan, calibration, shards, rows on disk; only the folder is a temporary one.
 """
 
-import contextlib
 import multiprocessing
 import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from nfscale.datasets import Dataset, seeded_sample
 from nfscale.datasets.base import Subset
@@ -26,6 +24,7 @@ from nfscale.encode import OpenRun, ShardReport, calibrate_run, encode_shard, ma
 from nfscale.engine import Check
 from nfscale.errors import EncodeError
 from nfscale.job import EncodeJob
+from nfscale.plan.trials import as_worker
 from nfscale.review.difficulty import difficulties
 from nfscale.rng import datum_seed
 from nfscale.store.run_folder import Commit, Plan, RunFolder, Shard
@@ -184,21 +183,9 @@ def _opened(folder: str) -> tuple[OpenRun, Dataset]:
     return run, run.dataset
 
 
-@contextlib.contextmanager
-def _as_worker() -> Iterator[None]:
-    """On one thread, as a worker on a CPU is."""
-    threads = torch.get_num_threads()
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _warmed(folder: str, positions: Sequence[int]) -> int:
     """Open the run and load or compile its step, which the sample's costs are not to hold; the slots of a batch."""
-    with _as_worker():
+    with as_worker():
         run, whole = _opened(folder)
         run.dataset = whole
         slots = _slots(run, positions)
@@ -208,7 +195,7 @@ def _warmed(folder: str, positions: Sequence[int]) -> int:
 
 def _fit_chunk(folder: str, number: int, positions: list[int]) -> _Report:
     """Fit some data as one shard."""
-    with _as_worker():
+    with as_worker():
         run, whole = _opened(folder)
         run.dataset = Subset(whole, positions)
         shard = Shard(number, 0, len(positions))

@@ -1,0 +1,247 @@
+"""Which settings reach a quality at the least cost, by successive halving (Jamieson & Talwalkar, AISTATS 2016).
+
+Many settings are tried on a few data, the better half of them on twice as many, and so on; then the best one's
+neighbours, in the same way. All settings see the same data, spread over easy and hard ones, so that they are compared
+datum by datum. What won is measured once more, beside the job's own settings, on data that had no part in the choice;
+and each of its choices is taken back once, to see what it is good for.
+"""
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nfscale.errors import CallerError
+from nfscale.job import EncodeJob
+from nfscale.plan.trials import RATE_FACTOR, Choices, Outcome, Trials
+
+_RUNG_DATA = (8, 16, 32)
+_FRESH_DATA = 32  # that had no part in the choice
+_CANDIDATES = 24
+_KEPT = 2  # of three, at the last rung
+_NEGLIGIBLE = 0.005
+"""Share of the goal by which a median may fall short: 0.2 dB of 40."""
+_WIDTHS, _DEPTHS = (16, 32, 64, 128, 256), (1, 2, 3, 4, 5, 6)
+_SCALES = (1.0, 1.25, 1.5, 1.75, 2.0)
+_FACTORS = (0.5, 0.7, 1.4, 2.0)
+_KINDS = ("esgd", "adam", "muon")
+
+
+@dataclass(frozen=True)
+class Reason:
+    """What one of the choices is good for: the settings without it, beside the settings."""
+
+    key: str
+    before: Any
+    chosen: Any
+    cost_without: float
+    """Over that with it."""
+    quality_without: float
+    """Less that with it."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was found."""
+
+    choices: Choices
+    goal: float
+    """The median quality that settings have to reach."""
+    own: Outcome
+    """Of the job's own settings, on fresh data."""
+    best: Outcome
+    """Of the choices, on the same data."""
+    reasons: list[Reason]
+    trials: dict[Choices, Outcome]
+    """The one on most data of each that was tried."""
+    seconds: float
+    """Wall time of all."""
+
+    @property
+    def cost_ratio(self) -> float:
+        """Of the choices over the job's own settings."""
+        return self.best.seconds / self.own.seconds
+
+    @property
+    def front(self) -> list[Choices]:
+        """Of which no other has both more quality and less cost, cheapest first; of those tried on most data."""
+        most = max(outcome.data for outcome in self.trials.values())
+        of_most = {c: o for c, o in self.trials.items() if o.data == most and not o.why_not}
+        front: list[Choices] = []
+        for choices, outcome in sorted(of_most.items(), key=lambda item: item[1].seconds):
+            if not front or outcome.quality > of_most[front[-1]].quality:
+                front.append(choices)
+        return front
+
+
+def moves(job: EncodeJob) -> dict[str, list[Any]]:
+    """Other values for the keys of a job that decide what a fit costs and comes to."""
+    found: dict[str, list[Any]] = {}
+    field, fit = job.field, job.fit
+    if getattr(field, "weight_scale", "auto") != "auto":
+        found["field.weight_scale"] = [scale for scale in _SCALES if scale != field.weight_scale]
+    if getattr(field, "width", None) is not None:
+        found["field.width"] = _beside(_WIDTHS, field.width)
+    if getattr(field, "depth", None) is not None:
+        found["field.depth"] = _beside(_DEPTHS, field.depth)
+    if isinstance(fit.samples, int):
+        found["fit.samples"] = [max(16, fit.samples // 2), fit.samples * 2]
+    every = fit.check_every
+    steps = {max(every, round(share * fit.max_steps / every) * every) for share in (0.5, 0.7, 1.4, 2.0)}
+    found["fit.max_steps"] = sorted(steps - {fit.max_steps})
+    if hasattr(job.optimizer, "learning_rate"):
+        found[RATE_FACTOR] = list(_FACTORS)
+    if job.optimizer.kind in _KINDS:
+        found["optimizer.kind"] = [kind for kind in _KINDS if kind != job.optimizer.kind]
+    return found
+
+
+def _beside(known: Sequence[int], value: int) -> list[int]:
+    return [*[one for one in known if one < value][-1:], *[one for one in known if one > value][:1]]
+
+
+def tune(
+    job: EncodeJob,
+    trials: Trials,
+    *,
+    seconds: float,
+    seed: int,
+    quality: float | None = None,
+    keep: Sequence[str] = (),
+    clock: Callable[[], float] = time.monotonic,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Tuned:
+    """Find cheaper settings for a job.
+
+    Args:
+        trials: of this job; its positions are the data that settings are tried on.
+        seconds: of wall time, about; what has begun is ended.
+        quality: the median that settings have to reach; the job's own, or its target if that is lower, by default.
+        keep: keys that stay as they are, such as `field.width`.
+
+    Raises:
+        CallerError: if the job's own settings cannot be used, or the data are too few.
+    """
+    if len(trials.positions) < 2 * _RUNG_DATA[0]:
+        raise CallerError(f"tuning needs {2 * _RUNG_DATA[0]} data or more, the dataset has {len(trials.positions)}")
+    started = clock()
+    rungs = [data for data in _RUNG_DATA if data <= len(trials.positions) // 2]
+    known = {key: values for key, values in moves(job).items() if key not in keep and values}
+    if not known:
+        raise CallerError("nothing is left to vary: every key is in --keep")
+    chance = random.Random(seed)
+    search = _Search(trials, job.fit.target, quality, rungs, started + 0.75 * seconds, clock, tell)
+    own: Choices = ()
+    search.require_own(own)
+    best = search.halved([own, *_candidates(own, known, _CANDIDATES - 1, chance)])
+    tell(f"best of the first round: {_in_words(best)}")
+    while not search.is_over:
+        again = search.halved([best, *_candidates(best, known, _CANDIDATES // 2 - 1, chance)])
+        if again == best:
+            break
+        best = again
+        tell(f"better: {_in_words(best)}")
+    fresh = min(_FRESH_DATA, len(trials.positions) - rungs[-1])
+    compared = trials.tried(list(dict.fromkeys([own, best])), fresh, first=rungs[-1])
+    own_outcome, best_outcome = compared[0], compared[-1]
+    reasons = _reasons(job, trials, best, rungs[-1]) if best else []
+    latest: dict[Choices, Outcome] = {}
+    for (choices, _), outcome in sorted(trials.outcomes.items(), key=lambda item: item[0][1]):
+        latest[choices] = outcome
+    goal = search.goal(rungs[-1])
+    return Tuned(best, goal, own_outcome, best_outcome, reasons, latest, clock() - started)
+
+
+@dataclass
+class _Search:
+    trials: Trials
+    target: float | None
+    quality: float | None
+    rungs: list[int]
+    until: float
+    clock: Callable[[], float]
+    tell: Callable[[str], None]
+
+    @property
+    def is_over(self) -> bool:
+        return self.clock() > self.until
+
+    def require_own(self, own: Choices) -> None:
+        for data in self.rungs:
+            (outcome,) = self.trials.tried([own], data)
+            if outcome.why_not or math.isnan(outcome.quality):
+                raise CallerError(f"the job's own settings fit nothing: {outcome.why_not or 'no datum has a quality'}")
+
+    def goal(self, data: int) -> float:
+        """The quality to reach on so many data: on few, the job's own is compared on the same few."""
+        if self.quality is not None:
+            return self.quality
+        own = self.trials.outcomes[(), data].quality
+        return own if self.target is None else min(own, self.target)
+
+    def halved(self, candidates: list[Choices]) -> Choices:
+        """The best of the candidates, of which ever fewer see ever more data."""
+        for data in self.rungs:
+            goal = self.goal(data)
+            outcomes = dict(zip(candidates, self.trials.tried(candidates, data), strict=True))
+            candidates = sorted(candidates, key=lambda choices: _rank(outcomes[choices], goal))
+            if self.is_over:
+                break
+            candidates = candidates[: max(_KEPT, len(candidates) // 2)]
+            self.tell(f"on {data} data: {_in_words(candidates[0])} ({_figures(outcomes[candidates[0]])})")
+        return candidates[0]
+
+
+def _rank(outcome: Outcome, goal: float) -> tuple[int, float]:
+    """Cheapest first of those that reach the goal, then the others by how near they come, the useless last."""
+    if outcome.why_not or math.isnan(outcome.quality):
+        return 2, 0.0
+    if outcome.quality >= goal - _NEGLIGIBLE * abs(goal):
+        return 0, outcome.seconds
+    return 1, goal - outcome.quality
+
+
+def _candidates(around: Choices, known: dict[str, list[Any]], count: int, chance: random.Random) -> list[Choices]:
+    """Settings that differ from some in one key, each in turn, and then in two or three drawn ones."""
+    single = [_with(around, {key: value}) for key, values in known.items() for value in values]
+    chance.shuffle(single)
+    found = dict.fromkeys(single[: max(1, count // 2)])
+    for _ in range(20 * count):
+        if len(found) >= count:
+            break
+        keys = chance.sample(sorted(known), min(len(known), chance.choice((2, 3))))
+        found.setdefault(_with(around, {key: chance.choice(known[key]) for key in keys}))
+    found.pop(around, None)
+    return list(found)
+
+
+def _with(choices: Choices, more: dict[str, Any]) -> Choices:
+    return tuple(sorted((dict(choices) | more).items()))
+
+
+def _reasons(job: EncodeJob, trials: Trials, best: Choices, data: int) -> list[Reason]:
+    """Each choice taken back, the others kept."""
+    without = [tuple(item for item in best if item[0] != key) for key, _ in best]
+    (whole,) = trials.tried([best], data)
+    reasons = []
+    for (key, chosen), outcome in zip(best, trials.tried(without, data), strict=True):
+        cost, quality = outcome.seconds / whole.seconds, outcome.quality - whole.quality
+        reasons.append(Reason(key, _own_value(job, key), chosen, cost, quality))
+    return reasons
+
+
+def _own_value(job: EncodeJob, key: str) -> Any:
+    if key == RATE_FACTOR:
+        return 1.0
+    section, _, name = key.partition(".")
+    return getattr(getattr(job, section), name)
+
+
+def _in_words(choices: Choices) -> str:
+    return ", ".join(f"{key}={value}" for key, value in choices) or "the job's own settings"
+
+
+def _figures(outcome: Outcome) -> str:
+    return f"{1e3 * outcome.seconds:.1f} ms per datum, median {outcome.quality:.2f}"
