@@ -466,7 +466,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=10.0, help="of faults; the last encode may go on after them")
-    parser.add_argument("--fields", type=int, default=600, help="of an encode")
+    parser.add_argument("--fields", type=int, default=1200, help="of an encode")
     parser.add_argument("--steps", type=int, default=1000, help="of a field")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     parser.add_argument("--keep", action="store_true", help="keep the folder with all logs")
