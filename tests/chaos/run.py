@@ -192,9 +192,12 @@ class Chaos:
                 one.problems.append(f"not done {_AFTERWARDS_SECONDS:.0f} s after the last fault")
                 kill(self.driver.pid)
                 break
-            if next_fault <= now < faults_until and self.workers():
-                self.befall(one.place, now)
-                next_fault = now + self.draw.uniform(*_BETWEEN_SECONDS)
+            if next_fault <= now < faults_until:
+                if self.workers():
+                    self.befall(one.place, now)
+                    next_fault = now + self.draw.uniform(*_BETWEEN_SECONDS)
+                else:  # and not at the very moment when there are some
+                    next_fault = now + self.draw.uniform(0.0, _BETWEEN_SECONDS[0])
             self.mend(now)
             self.nodes.tend()
             time.sleep(0.1)
