@@ -344,6 +344,8 @@ def serve(
         EncodeError: if the run cannot go on; what is committed stays.
         SupersededError: if another driver has taken over.
     """
+    if folder.is_complete and not retry_failed:
+        return Summary(str(folder), plan.job["name"])
     epoch = folder.take_over() if share is None else folder.epoch
     name = None if share is None else str(share)
     try:

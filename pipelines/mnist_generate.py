@@ -1,6 +1,6 @@
 """From 5,000 handwritten digits to new ones, by way of neural fields: encode, classify, generate, score.
 
-    python -m pipelines.mnist_generate            # runs/mnist_generate; half an hour on two cores
+    python -m pipelines.mnist_generate            # into runs/mnist_generate
     python -m pipelines.mnist_generate --small    # 400 digits, little training: does it run?
 
 The fields are made to be learned from. All start from one theta0 and take few steps of one optimiser with the same

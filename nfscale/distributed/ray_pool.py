@@ -13,6 +13,7 @@ Dangers, each guarded here:
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,12 +25,13 @@ from nfscale.encode import OpenRun, Progress
 from nfscale.errors import EncodeError
 from nfscale.store.run_folder import RunFolder
 
+_AUTHENTICATION = "RAY_AUTH_MODE"
 _LOCAL_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # with it off, a local cluster listens on 127.0.0.1 alone
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else `uv run` makes every worker resolve the environment anew
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_AUTH_MODE": "token",  # Ray's default for local clusters, said aloud so that Ray does not
+    _AUTHENTICATION: "token",  # Ray's default for local clusters, said aloud so that Ray does not
 }
 _OBJECT_STORE_BYTES = 80 << 20  # the smallest Ray takes: neither data nor weights pass through it
 _START_ATTEMPTS = 3
@@ -70,7 +72,8 @@ class RayPool:
         self._on_cluster = bool(os.environ.get("RAY_ADDRESS"))
         if not self._on_cluster:
             for name, value in _LOCAL_ENVIRONMENT.items():
-                os.environ.setdefault(name, value)
+                if name != _AUTHENTICATION or "ray" not in sys.modules:  # which has read it by then
+                    os.environ.setdefault(name, value)
         import ray
         import ray.exceptions
 

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -34,11 +34,20 @@ from nfscale.signals import Samples, Signal
 class Learner(Protocol):
     """The contract of every entry of `LEARNERS`: how many data are fitted how far, and what theta0 makes of it."""
 
-    data: int
-    rounds: int
-    tasks: int
-    inner_steps: int
-    outer_rate: float
+    @property
+    def data(self) -> int: ...
+
+    @property
+    def rounds(self) -> int: ...
+
+    @property
+    def tasks(self) -> int: ...
+
+    @property
+    def inner_steps(self) -> int: ...
+
+    @property
+    def outer_rate(self) -> float: ...
 
     def outer_step(self, theta0: Tensor, fitted: Tensor, slopes: Tensor, moments: Tensor, done: int) -> Tensor:
         """The next theta0 [P] from fitted params [T, P] and the gradients of log(loss) at them, after `done` rounds.
@@ -155,7 +164,7 @@ def learn_start(
     if len({part.kind for _, part in data}) != 1:
         raise ValueError("a start is learned from data of one kind: one sample count, and a mask in all or none")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    optimizer = Adam(learning_rate, Schedule("cosine", learner.inner_steps))
+    optimizer: Any = Adam(learning_rate, Schedule("cosine", learner.inner_steps))
     available = data[0][1].kind.count
     inner = _Inner(
         field,
@@ -195,7 +204,7 @@ class _Inner:
 
     field: Field
     signal: Signal
-    optimizer: Adam
+    optimizer: Any  # Adam
     sampler: Sampler
     step: Step
     data: Sequence[tuple[str, Samples]]

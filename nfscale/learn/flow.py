@@ -34,7 +34,7 @@ class _Condition(nn.Module):
 class VectorFlow(nn.Module):
     """Residual blocks over a vector, each scaled and shifted by the condition: for latents."""
 
-    def __init__(self, size: int, classes: int, width: int = 512, depth: int = 3, dropout: float = 0.1) -> None:
+    def __init__(self, size: int, classes: int, width: int = 384, depth: int = 3, dropout: float = 0.1) -> None:
         super().__init__()
         self.condition = _Condition(classes, width)
         self.enter, self.leave = nn.Linear(size, width), _zero(nn.Linear(width, size))

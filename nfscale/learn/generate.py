@@ -47,7 +47,7 @@ class Settings:
     kind: Kind = "pca"
     components: int = 64
     """Of `pca`; fewer where a run has fewer weights or rows."""
-    steps: int = 12_000
+    steps: int = 8_000
     batch: int = 128
     learning_rate: float = 1e-3
     guidance: float = 1.0

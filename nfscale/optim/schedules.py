@@ -60,8 +60,8 @@ class Schedule:
     With `first_steps` it is a ladder of budgets: a decay until `first_steps`, and where a field goes on, the rest of
     the decay of twice that budget, and so on, see `budgets`. A decay to zero has to know its length, and data differ
     in what they need. At the end of a budget the rate rises again, to what the next one has at that step: half, of a
-    cosine. Evidence: `python -m pipelines.learned_start --tasks ladder`, where one long schedule is ahead as long as
-    fields leave at their target.
+    cosine. Fields leave at their target under one long schedule too, so measure before choosing a ladder:
+    `python -m pipelines.learned_start --tasks ladder`.
     """
 
     kind: str = "cosine"

@@ -141,7 +141,7 @@ class Chaos:
                 "target": "tests.chaos.digits:Digits",
                 "arguments": {"log": str(log), "count": self.fields},
             },
-            "field": {"kind": "mlp", "width": 32, "depth": 2, "weight_scale": 1.5},
+            "field": {"kind": "mlp", "width": 64, "depth": 3, "weight_scale": 1.5},  # steps are most of the work
             "optimizer": {"kind": "esgd", "curvature": "shared"},
             "fit": {"max_steps": self.steps, "target": None, "samples": "full", "check_every": 20},
             "store": {"shard_fields": 20},
@@ -192,9 +192,12 @@ class Chaos:
                 one.problems.append(f"not done {_AFTERWARDS_SECONDS:.0f} s after the last fault")
                 kill(self.driver.pid)
                 break
-            if next_fault <= now < faults_until and self.workers():
-                self.befall(one.place, now)
-                next_fault = now + self.draw.uniform(*_BETWEEN_SECONDS)
+            if next_fault <= now < faults_until:
+                if self.workers():
+                    self.befall(one.place, now)
+                    next_fault = now + self.draw.uniform(*_BETWEEN_SECONDS)
+                else:  # and not at the very moment when there are some
+                    next_fault = now + self.draw.uniform(0.0, _BETWEEN_SECONDS[0])
             self.mend(now)
             self.nodes.tend()
             time.sleep(0.1)
@@ -466,8 +469,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=10.0, help="of faults; the last encode may go on after them")
-    parser.add_argument("--fields", type=int, default=1500, help="of an encode")
-    parser.add_argument("--steps", type=int, default=2000, help="of a field")
+    parser.add_argument("--fields", type=int, default=1200, help="of an encode")
+    parser.add_argument("--steps", type=int, default=1000, help="of a field")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     parser.add_argument("--keep", action="store_true", help="keep the folder with all logs")
     options = parser.parse_args()

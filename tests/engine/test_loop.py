@@ -211,7 +211,7 @@ def test_the_observer_hears_of_every_check():
     heard = []
     fitted(DATA, batch=2, step="plain", observe=heard.append)
     active_and_finished = [(2, 0), (2, 2), (2, 0), (2, 2), (1, 0), (1, 1)]
-    assert heard == [Check(active, finished, 20 * active, "plain") for active, finished in active_and_finished]
+    assert heard == [Check(active, finished, 20 * active, "plain", slots=2) for active, finished in active_and_finished]
     heard.clear()
     ticks = itertools.accumulate(itertools.cycle([100, 3, 5]))  # outside, in the steps, in the check
     fitted(DATA, batch=2, observe=heard.append, clock=lambda: float(next(ticks)))

@@ -52,11 +52,11 @@ def test_lance_reads_the_rows(table, tmp_path):
 
 def test_numpy_reads_the_arrays_without_pickle(table, tmp_path):
     export(table, "npz", tmp_path / "npz")
-    read = np.load(tmp_path / "npz" / "weights.npz", allow_pickle=False)
-    assert np.array_equal(read["weights"], table.weights())
-    assert np.array_equal(read["theta0"], table.theta0)
-    assert read["label"].tolist() == [i % 3 for i in range(130)]
-    assert read["split"][4] == "test"
+    with np.load(tmp_path / "npz" / "weights.npz", allow_pickle=False) as read:
+        assert np.array_equal(read["weights"], table.weights())
+        assert np.array_equal(read["theta0"], table.theta0)
+        assert read["label"].tolist() == [i % 3 for i in range(130)]
+        assert read["split"][4] == "test"
 
 
 def test_safetensors_hold_the_tensors_by_name(table, tmp_path):
@@ -142,7 +142,7 @@ def test_a_half_precision_export_decodes_to_the_same_data(fitted, tmp_path):
     arguments = ["export", fitted.folder.files.root, "--to", "npz", "--dtype", "float16", "-o", str(tmp_path / "out")]
     said = CliRunner().invoke(app, [*arguments, "--json", str(tmp_path / "j.json")])
     assert said.exit_code == 0, said.output
-    read = np.load(tmp_path / "out" / "weights.npz", allow_pickle=False)
-    assert np.abs(read["differences"].astype(np.float32) + read["theta0"] - fitted.weights()).max() < 1e-3
+    with np.load(tmp_path / "out" / "weights.npz", allow_pickle=False) as read:
+        assert np.abs(read["differences"].astype(np.float32) + read["theta0"] - fitted.weights()).max() < 1e-3
     assert json.loads((tmp_path / "j.json").read_text())["median_loss"] <= 0.1
     assert len((tmp_path / "out" / "loss.csv").read_text().splitlines()) == 49
