@@ -75,7 +75,7 @@ def tune(
     write_json(out / "tuned.json", figures)
     write_json(json_file, figures)
     numbers = {key: value for key, value in figures.items() if isinstance(value, int | float)}
-    chosen = {key: value for key, value in tuned.choices}
+    chosen = dict(tuned.choices)
     if job.track.enabled and (problem := log_folder(out, job.track.experiment, f"{job.name} tune", chosen, numbers)):
         warn(f"not in MLflow: {problem}")
     _show(console, tuned, out)

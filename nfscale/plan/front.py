@@ -9,7 +9,7 @@ from nfscale.plan.tune import Tuned
 
 
 def front_picture(tuned: Tuned) -> bytes:
-    """PNG: every setting that was tried, by the data it was tried on; those that no other beats; the job's and the best."""
+    """PNG: every setting that was tried, those that no other beats, the job's own and what was chosen."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
