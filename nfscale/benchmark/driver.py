@@ -128,6 +128,7 @@ class _Folder:
     """Commits by name as a run folder keeps them, first come, first served: a range of data, or None for a cut."""
 
     has_calibration = True
+    is_complete = False
 
     def __init__(self) -> None:
         self.found: dict[str, tuple[int, int] | None] = {}

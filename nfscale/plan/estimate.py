@@ -7,10 +7,10 @@ Costs are uncertain for a second reason, which no sample shows: the same steps t
 
 import math
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from nfscale.job import EncodeJob
 from nfscale.plan.sample import FittedSample, fitted_sample
@@ -227,10 +227,12 @@ class _Resampled:
         if self.drawn < 2:
             return Interval(-math.inf, found, math.inf)
         again = np.percentile(values[self._which(len(values))], percent, axis=-1)
+        from scipy import stats  # half a second, of which most commands need nothing
+
         tail = (1 + CONFIDENCE) / 2
         # Resampling n values has a variance of (n - 1) / n of the sample's.
         scale = self._unseen * math.sqrt(self.drawn / (self.drawn - 1))
-        scale *= float(stats.t.ppf(tail, self.drawn - 1) / stats.norm.ppf(tail))
+        scale *= float(stats.t.ppf(tail, self.drawn - 1)) / NormalDist().inv_cdf(tail)
         low, high = np.percentile(again - found, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
         return Interval(found + scale * float(low), found, found + scale * float(high))
 
@@ -245,7 +247,7 @@ class _Resampled:
 
 def _share(hits: np.ndarray, count: int) -> Interval:
     """Of data for which something is so, by the sample's 0s and 1s (Wilson, 1927, with the population's correction)."""
-    n, share, z = len(hits), float(hits.mean()), float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+    n, share, z = len(hits), float(hits.mean()), NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     n_effective = n / max(1e-9, 1 - n / count) if n < count else math.inf
     if math.isinf(n_effective):
         return Interval(share, share, share)
