@@ -98,17 +98,17 @@ class RayPool:
                 f"Ray needs {_ADDRESSES_BYTES >> 30} GiB of addresses for each of its processes, and this one may have "
                 f"{limit / (1 << 30):.1f}; raise the limit (`ulimit -v`), or use workers=0"
             )
-        if self._on_cluster:
-            self._ray.init(log_to_driver=False, configure_logging=False)
-            return
-        self._ray.init(
-            address="local",
-            num_cpus=None if self._asked == "auto" else max(1, self._asked),
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-        )
+        keys: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+        if not self._on_cluster:
+            cpus = None if self._asked == "auto" else max(1, self._asked)
+            keys |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+            keys["object_store_memory"] = _OBJECT_STORE_BYTES
+        try:
+            self._ray.init(**keys)
+        except (RuntimeError, OSError, self._ray.exceptions.RayError) as error:
+            where = f"the cluster of RAY_ADDRESS={os.environ['RAY_ADDRESS']}" if self._on_cluster else "a local Ray"
+            way_out = "is its head up?" if self._on_cluster else "the same command tries again, workers=0 needs no Ray"
+            raise EncodeError(f"{where} does not start or answer ({explained(error)[:300]}); {way_out}") from error
 
     # --- how many
 

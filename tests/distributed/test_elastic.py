@@ -8,6 +8,7 @@ import pytest
 from nfscale.coordinator import Failure, Lease
 from nfscale.distributed import RayPool
 from nfscale.driver import Failed, open_run
+from nfscale.errors import EncodeError
 from tests.jobs import tiny_job
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -109,6 +110,19 @@ def test_a_worker_on_a_node_that_leaves_gets_no_lease():
         worker.starting, worker.node = None, node
     pool._draining = {"leaves"}
     assert pool.idle() == ["worker-0"]
+
+
+@pytest.mark.parametrize(("on_cluster", "said"), [(True, "of RAY_ADDRESS=10.0.0.1:6379"), (False, "a local Ray")])
+def test_a_ray_that_does_not_answer_is_one_line(on_cluster, said, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+
+    def fails(**keys):
+        raise RuntimeError("Failed to start GCS")
+
+    pool = pool_on(cpus=1, on_cluster=on_cluster)
+    pool._ray.init, pool._ray.exceptions = fails, SimpleNamespace(RayError=OSError)
+    with pytest.raises(EncodeError, match=rf"{said} does not start or answer \(RuntimeError: Failed to start GCS\)"):
+        pool._connect()
 
 
 @pytest.fixture
