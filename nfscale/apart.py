@@ -17,7 +17,7 @@ import numpy as np
 from nfscale.datasets import Dataset, Datum
 from nfscale.signals.mapped import mapping_of
 
-_HAVE_THREADS = ("obstore", "ray")
+_HAVE_THREADS = ("obstore", "ray", "jax")
 """Packages that start some where Python does not see them."""
 _SENT_BYTES = 64 << 20
 """Of a datum; a larger one is read once more, now that it is known to be harmless."""

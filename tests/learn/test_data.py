@@ -70,6 +70,7 @@ def test_a_stream_mixes_neighbours(table):
     assert abs(np.corrcoef(found, np.arange(len(found)))[0, 1]) < 0.15
 
 
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # of JAX, where another test has loaded it
 def test_processes_and_workers_share_a_stream_without_overlap(table):
     parts = [WeightsStream(table, 32, rank=rank, world=3) for rank in range(3)]
     weights = np.concatenate([gathered(part)[0] for part in parts])
