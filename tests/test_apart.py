@@ -1,5 +1,8 @@
 """Data read in a process apart: the same data, and one that kills its reader is an error."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -44,6 +47,15 @@ def test_content_that_cannot_be_sent_is_read_here():
     data = Data([{"array": lambda: 7, "label": None}])
     (datum,) = apart.read_apart(data, [0])
     assert datum.content() == 7
+
+
+@pytest.mark.skipif(apart._may_fork(), reason="these tests run in this process")
+def test_a_process_without_threads_passes_these_tests():
+    """Where another test has loaded what has threads, as in a run of all tests."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
+    assert "5 passed, 1 skipped" in done.stdout
 
 
 def test_where_no_fork_may_be_data_are_read_here(monkeypatch):

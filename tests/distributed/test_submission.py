@@ -300,6 +300,9 @@ def dashboard(monkeypatch, tmp_path):
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    from ray._raylet import Config
+
+    Config.initialize("")  # Ray keeps what it read of them: a local Ray of another test
     handler = type("One", (Dashboard,), {"seen": []})
     server = HTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
