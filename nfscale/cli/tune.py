@@ -74,7 +74,7 @@ def tune(
         raise CallerError(f"cannot write into {out}: {error.strerror or error}") from error
     write_json(out / "tuned.json", figures)
     write_json(json_file, figures)
-    numbers = {key: value for key, value in figures.items() if isinstance(value, int | float)}
+    numbers = {key: float(value) for key, value in figures.items() if isinstance(value, int | float)}
     chosen = dict(tuned.choices)
     if job.track.enabled and (problem := log_folder(out, job.track.experiment, f"{job.name} tune", chosen, numbers)):
         warn(f"not in MLflow: {problem}")
