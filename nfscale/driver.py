@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any, Protocol
 
-from nfscale.coordinator import Coordinator, Failure, Lease
+from nfscale.coordinator import Coordinator, Failure, Lease, portion
 from nfscale.datasets.base import ids_digest
 from nfscale.encode import OpenRun, Progress, ShardReport, calibrate_run, encode_shard, make_plan, new_attempt
 from nfscale.errors import CallerError, EncodeError, ExitCode, NfscaleError, OutputError, SupersededError
@@ -144,7 +144,7 @@ class InProcessPool:
 def work_on(run: OpenRun, lease: Lease) -> Iterator[Progress | ShardReport | None]:
     """A worker's whole work on a lease; the last thing it yields is the report (None for the calibration)."""
     if lease.shard is None:
-        calibrate_run(run, lease.crashes)
+        calibrate_run(run, portion(run.plan.calibration_positions, lease.crashes))
         yield None
         return
     yield from encode_shard(

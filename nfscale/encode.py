@@ -26,7 +26,6 @@ from torch import Tensor
 from nfscale import checkpoint
 from nfscale.ahead import ahead
 from nfscale.apart import read_apart
-from nfscale.coordinator import portion
 from nfscale.datasets import Dataset, Datum, seeded_sample
 from nfscale.datasets.base import ids_digest
 from nfscale.datasets.tiled import PROBED_BLOCKS, Tiled
@@ -340,11 +339,11 @@ class OpenRun:
         )
 
 
-def calibrate_run(run: OpenRun, crashes: int = 0) -> None:
+def calibrate_run(run: OpenRun, positions: Sequence[int] | None = None) -> None:
     """Estimate what the fields share and store it, put-if-absent: the first lease of a run.
 
     Args:
-        crashes: how many attempts have killed their worker, see `nfscale.coordinator.portion`.
+        positions: of the data to try, in place of all that the plan has drawn.
 
     Raises:
         EncodeError: if too few data of the calibration sample can be read.
@@ -352,7 +351,7 @@ def calibrate_run(run: OpenRun, crashes: int = 0) -> None:
     calibration = calibrate(
         run.field,
         run.signal,
-        _calibration_samples(run, crashes),
+        _calibration_samples(run, run.plan.calibration_positions if positions is None else positions),
         optimizer=run.optimizer,  # type: ignore[arg-type] (the job refuses other kinds)
         stop=run.job.fit.stop(),
         seed=run.job.seed,
@@ -370,10 +369,9 @@ def calibrate_run(run: OpenRun, crashes: int = 0) -> None:
     run.folder.write_calibration(steps, calibration.step_rms.numpy(), calibration.diagonal.numpy())
 
 
-def _calibration_samples(run: OpenRun, crashes: int) -> list[tuple[str, Samples]]:
+def _calibration_samples(run: OpenRun, positions: Sequence[int]) -> list[tuple[str, Samples]]:
     """Of the calibration; see `_samples_of_one_kind`."""
     wanted = run.job.optimizer.calibration_data
-    positions = portion(run.plan.calibration_positions, crashes)
     data = _samples_of_one_kind(run.dataset, run.signal, positions, wanted, run.job.fit.samples == "full")
     if not data:
         raise EncodeError("none of the data drawn for the calibration can be read; see `nfscale status` after a fit")

@@ -5,13 +5,11 @@ which every beginning is spread evenly over the sorted ones. So the sample can e
 spent. Everything is what an encode runs: plan, calibration, shards, rows on disk; only the folder is a temporary one.
 """
 
-import multiprocessing
-import os
 import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,20 +17,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nfscale.datasets import Dataset, seeded_sample
-from nfscale.datasets.base import Subset
-from nfscale.encode import OpenRun, ShardReport, calibrate_run, encode_shard, make_plan, new_attempt, prepared_of
+from nfscale.difficulty import difficulties
+from nfscale.encode import OpenRun, calibrate_run, make_plan, prepared_of
 from nfscale.engine import Check
 from nfscale.errors import EncodeError
 from nfscale.job import EncodeJob
-from nfscale.plan.trials import as_worker
-from nfscale.review.difficulty import difficulties
+from nfscale.plan.trials import as_worker, fitted_shard, processes_of
 from nfscale.rng import datum_seed
-from nfscale.store.run_folder import Commit, Plan, RunFolder, Shard
+from nfscale.store.run_folder import Commit, Plan, RunFolder
 
 _POOL = 512  # data drawn at most
 _FIRST_CHUNK, _LARGEST_CHUNK = 4, 256
 """Data that are fitted together: few at first, since how long one takes is not known, more as it is."""
-_SPREAD_SECONDS = 0.2
+_SPREAD_SECONDS = 0.2  # longer than handing over takes
 _COLUMNS = ["datum_id", "index", "status", "quality", "steps", "steps_to_target", "wall_seconds"]
 
 
@@ -47,8 +44,6 @@ class FittedSample:
     """Of the chunks it was fitted in."""
     plan_seconds: float
     calibration_seconds: float
-    processes: int
-    """That fitted at the same time."""
     slots: int
     """Fields that a batch of the job holds."""
     peak_bytes: int
@@ -86,7 +81,7 @@ def fitted_sample(
             calibrate_run(run)
         calibrated = clock()
         positions = stratified(run, seed)
-        with _executor(processes) as executor:
+        with processes_of(processes) as executor:
             reports, slots = _fitted_for(executor, temporary, positions, seconds, processes, clock)
         if not reports:
             raise EncodeError("no datum of the sample was fitted")
@@ -99,7 +94,6 @@ def fitted_sample(
         commits=[report.commit for report in reports],
         plan_seconds=planned - started,
         calibration_seconds=calibrated - planned if job.needs_calibration else 0.0,
-        processes=processes,
         slots=slots,
         peak_bytes=max(report.peak_bytes for report in reports),
     )
@@ -141,12 +135,6 @@ class _Report:
 
     commit: Commit
     peak_bytes: int
-
-
-def _executor(processes: int) -> Executor:
-    if processes == 1:
-        return ThreadPoolExecutor(1)
-    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
 
 
 def _fitted_for(
@@ -197,11 +185,8 @@ def _fit_chunk(folder: str, number: int, positions: list[int]) -> _Report:
     """Fit some data as one shard."""
     with as_worker():
         run, whole = _opened(folder)
-        run.dataset = Subset(whole, positions)
-        shard = Shard(number, 0, len(positions))
-        *_, report = encode_shard(run, shard, attempt=new_attempt(), order=number, worker=str(os.getpid()))
-    assert isinstance(report, ShardReport)
-    return _Report(report.commit, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        commit = fitted_shard(run, whole, positions, number)
+    return _Report(commit, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def _slots(run: OpenRun, positions: Sequence[int]) -> int:

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
+from nfscale.datasets import Dataset
 from nfscale.datasets.base import Subset
 from nfscale.encode import OpenRun, ShardReport, calibrate_run, encode_shard, make_plan, new_attempt
 from nfscale.errors import NfscaleError
 from nfscale.job import EncodeJob, job_from_settings
 from nfscale.store import RunFolder, WeightsTable
-from nfscale.store.run_folder import Shard
+from nfscale.store.run_folder import Commit, Shard
 
 RATE_FACTOR = "learning_rate_factor"
 """Not a key of a job: what its learning rate, automatic or not, is multiplied with."""
@@ -76,9 +77,7 @@ class Trials:
 
     @cached_property
     def _executor(self) -> Executor:
-        if self._processes == 1:
-            return ThreadPoolExecutor(1)
-        return ProcessPoolExecutor(self._processes, multiprocessing.get_context("spawn"))
+        return processes_of(self._processes)
 
     def tried(self, several: Sequence[Choices], data: int, first: int = 0) -> list[Outcome]:
         """What became of each of these on `data` of the data, from the `first` one on."""
@@ -113,16 +112,30 @@ def _fitted_by(job: EncodeJob, positions: list[int]) -> Outcome:
     run = OpenRun(folder)
     if job.needs_calibration:
         calibrate_run(run)
-    run.dataset = Subset(run.dataset, positions)
+    whole = run.dataset
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     started = clock()
-    shard = Shard(0, 0, len(positions))
-    *_, report = encode_shard(run, shard, attempt=new_attempt(), order=0, worker=str(os.getpid()))
+    fitted_shard(run, whole, positions)
     seconds = clock() - started
-    assert isinstance(report, ShardReport)
     qualities = WeightsTable(folder).to_arrow(["quality"])["quality"].drop_null().to_pylist()
     median = statistics.median(qualities) if qualities else float("nan")
     return Outcome(len(positions), seconds / len(positions), median, plan.layout.size, plan.quality_name)
+
+
+def processes_of(count: int) -> Executor:
+    """So many processes that fit; one is this one."""
+    if count == 1:
+        return ThreadPoolExecutor(1)
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+
+
+def fitted_shard(run: OpenRun, whole: Dataset, positions: Sequence[int], number: int = 0) -> Commit:
+    """Fit and commit some of a run's data as one shard, which has this number among those of the folder."""
+    run.dataset = Subset(whole, positions)
+    shard = Shard(number, 0, len(positions))
+    *_, report = encode_shard(run, shard, attempt=new_attempt(), order=number, worker=str(os.getpid()))
+    assert isinstance(report, ShardReport)
+    return report.commit
 
 
 @contextlib.contextmanager

@@ -7,12 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from nfscale.difficulty import difficulties
 from nfscale.encode import OpenRun, make_plan
 from nfscale.errors import CallerError
 from nfscale.plan import actual, estimate
 from nfscale.plan.estimate import _MACHINE, CONFIDENCE, _Resampled, _share, reckoned
 from nfscale.plan.sample import FittedSample, _evenly, _spread_order, fitted_sample, stratified
-from nfscale.review.difficulty import difficulties
 from nfscale.store import WeightsTable
 from nfscale.store.run_folder import Commit, RunFolder
 from tests.jobs import encode_in_process, tiny_job
@@ -55,7 +55,7 @@ def sample_of(plan, costs, qualities, statuses=None, reached=None, chunk: int = 
     )
     edges = range(0, count, chunk)
     commits = [commit(i, a, min(chunk, count - a), float(sum(costs[a : a + chunk])) + 0.5) for i, a in enumerate(edges)]
-    return FittedSample(plan, rows, commits, 1.0, 2.0, 1, 64, 10**8)
+    return FittedSample(plan, rows, commits, 1.0, 2.0, 64, 10**8)
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from nfscale.difficulty import measures
 from nfscale.errors import CallerError
 from nfscale.review import curve_of, make_report
-from nfscale.review.difficulty import measures
 from nfscale.review.gathered import OTHERS, _Names, gathered
 from nfscale.store.history import quality_over_seconds
 from nfscale.store.run_folder import JOB_FILE, REPORT
