@@ -83,6 +83,10 @@ class Pool(Protocol):
         """So many workers would be of use from now on; a pool of a fixed size need not care."""
         ...
 
+    def waiting(self) -> str | None:
+        """What the pool waits for, where it has had no worker for a while."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -94,6 +98,10 @@ class Observer(Protocol):
     def on_progress(self, progress: Progress) -> None: ...
 
     def on_commit(self, commit: Commit) -> None: ...
+
+    def on_waiting(self, what: str | None) -> None:
+        """Every few seconds: what keeps the run from going on, if anything does."""
+        ...
 
     def on_tick(self) -> None: ...
 
@@ -136,6 +144,9 @@ class InProcessPool:
         self._lease = self._work = None
 
     def want(self, workers: int) -> None: ...
+
+    def waiting(self) -> str | None:
+        return None
 
     def close(self) -> None:
         self._work = None
@@ -438,6 +449,9 @@ class _Service:
         """Say that this driver lives, and end the workers that do not."""
         self._refuse_superseded()
         self.folder.beat(_sign_of_life(self.leases), self.share and str(self.share))
+        waiting = self.pool.waiting()
+        for observer in self.observers:
+            observer.on_waiting(waiting)
         for lease in self.coordinator.expired(self.clock()):
             self._end(lease)
             self.coordinator.failed(lease, Failure.CRASH, "no sign of progress for too long", self.clock())

@@ -46,6 +46,8 @@ class Recorder:
     def on_commit(self, commit: Commit) -> None:
         self.commits.append(commit)
 
+    def on_waiting(self, what: str | None) -> None: ...
+
     def on_tick(self) -> None: ...
 
 

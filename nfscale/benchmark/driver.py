@@ -184,6 +184,9 @@ class _Pool:
 
     def want(self, workers: int) -> None: ...
 
+    def waiting(self) -> str | None:
+        return None
+
     def start(self, lease: Any) -> None:
         from nfscale.coordinator import Failure
 

@@ -57,7 +57,7 @@ def encode(
     console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
     share = None if shards is None else Share.parsed(shards)
     job = load_job(job_file, overrides)
-    folder, plan = open_run(job, _device())
+    folder, plan = open_run(job, _device(job))
     whole = folder.is_complete and folder.has_report and (not job.track.enabled or folder.is_tracked)
     whole = whole and (not job.store.ipc_copy or folder.files.size(IPC_COPY) is not None)
     if whole and not (retry_failed and any(commit.failed for commit in folder.commits())):
@@ -198,10 +198,12 @@ def _nodes(job: EncodeJob) -> Callable[[], dict[str, dict[str, float]]]:
     return measured_nodes
 
 
-def _device() -> str:
+def _device(job: EncodeJob) -> str:
+    """What the workers will compute on: a head without GPUs plans for those of its cluster."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    asks_for_gpus = job.workers != 0 and job.workers_per_gpu not in (0, "auto")
+    return "cuda" if asks_for_gpus or torch.cuda.is_available() else "cpu"
 
 
 def _seconds(summary: Summary, started: float) -> dict[str, float]:
