@@ -124,12 +124,14 @@ class RayPool:
 
     @property
     def _uses_gpus(self) -> bool:
-        return self._resources.get("GPU", 0) > 0 if self._per_gpu == "auto" else self._per_gpu > 0
+        return self._gpu_share > 0
 
     @property
     def _gpu_share(self) -> float:
         """Of each worker."""
-        return 1 / (1 if self._per_gpu == "auto" else self._per_gpu) if self._uses_gpus else 0
+        if isinstance(self._per_gpu, int):
+            return 1 / self._per_gpu if self._per_gpu else 0
+        return 1 if self._resources.get("GPU", 0) else 0
 
     @property
     def _most(self) -> int:
