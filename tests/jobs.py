@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from nfscale.driver import InProcessPool, Summary, open_run, serve, totals
+from nfscale.driver import Summary, open_run, serve, totals
 from nfscale.encode import Progress
 from nfscale.job import EncodeJob, job_from_settings
+from nfscale.pool import InProcessPool
 from nfscale.store.run_folder import Commit, Plan, RunFolder
 
 

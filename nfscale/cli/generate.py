@@ -35,7 +35,7 @@ def generate(
     samples: Annotated[int, typer.Option(help="Fields to sample, classes in turn.", min=20)] = 2000,
     components: Annotated[int, typer.Option(help="Principal components of kind pca.", min=1)] = 64,
     steps: Annotated[int, typer.Option(help="Of training at most; it stops by the loss on held-out rows.")] = 8_000,
-    guidance: Annotated[float, typer.Option(help="Above 1: more like their class, less varied.", min=0)] = 1.0,
+    guidance: Annotated[float, typer.Option(help="Above 1: more like their class, less varied.", min=0)] = 1.3,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Where the table of samples goes; default: RUN/samples.")
     ] = None,

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nfscale.coordinator import Failure, Lease
-from nfscale.driver import Advanced, Event, Failed, Succeeded, explained, failure_of, work_on
 from nfscale.encode import OpenRun, Progress
 from nfscale.errors import CallerError, EncodeError
+from nfscale.pool import Advanced, Event, Failed, Succeeded, explained, failure_of, work_on
 from nfscale.store.run_folder import RunFolder
 
 _AUTHENTICATION = "RAY_AUTH_MODE"

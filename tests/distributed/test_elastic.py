@@ -7,8 +7,9 @@ import pytest
 
 from nfscale.coordinator import Failure, Lease
 from nfscale.distributed import RayPool
-from nfscale.driver import Failed, open_run
+from nfscale.driver import open_run
 from nfscale.errors import CallerError, EncodeError
+from nfscale.pool import Failed
 from nfscale.store.run_folder import RunFolder
 from tests.jobs import tiny_job
 
