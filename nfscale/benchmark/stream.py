@@ -1,11 +1,11 @@
 """How fast a table that memory does not hold is read in shuffled batches, beside what pyarrow takes to read it at all.
 
-The table is written by the store's own writer into a folder that is removed afterwards: random weights around one
-theta0, labels in sorted order. Then it is read in turns, in a process for each pass: by pyarrow, which hands out the
-same two columns in the order of the files and does nothing with them, as a dataset in one thread and in as many as it
-likes, and file by file in one thread; and by `WeightsStream`, shuffled, the first epoch, which begins with a look for
-the table's classes, and a later one. The seconds of a pass begin when the run folder is open and torch and pyarrow are
-imported. The page cache is warm where the memory allows it.
+The table is that of a run folder, or written by the store's own writer into a folder that is removed afterwards: random
+weights around one theta0, labels in sorted order. It is read in turns, in a process for each pass: by pyarrow, which
+hands out the same two columns in the order of the files and does nothing with them, as a dataset in one thread and in
+as many as it likes, and file by file in one thread; and by `WeightsStream`, shuffled, the first epoch, which begins
+with a look for the table's classes, and a later one. The seconds of a pass begin when the run folder is open and torch
+and pyarrow are imported. The page cache is warm where the memory allows it.
 """
 
 import argparse
@@ -33,6 +33,7 @@ _COLUMNS = ["weights", "label"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", nargs="?", help="a run folder whose table is read")
     parser.add_argument("--rows", type=int, default=2_000_000, help="of the table (default: %(default)s)")
     parser.add_argument("--weights", type=int, default=300, help="of a row (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=256, help="rows of a batch (default: %(default)s)")
@@ -51,26 +52,34 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
         NfscaleError: if a way does not come to all rows.
     """
+    if arguments.run is not None:
+        return _measured(arguments.run, arguments.batch, arguments.rounds)
     with tempfile.TemporaryDirectory(prefix="nfscale-benchmark-", dir=arguments.folder) as folder:
         place = str(Path(folder) / "run")
-        written = _written(place, arguments.rows, arguments.weights, arguments.dtype)
-        megabytes = sum(path.stat().st_size for path in Path(place).rglob("*.parquet")) / 1e6
-        print(
-            f"{arguments.rows:,} rows of {arguments.weights:,} weights as {arguments.dtype}: {megabytes:,.0f} MB, "
-            f"written in {written:.0f} s"
-        )
-        passes: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
-        for _ in range(arguments.rounds):
-            for name, found in passes.items():
-                found.append(_in_a_process(name, place, arguments.batch))
-                _refuse_less(name, found[-1], arguments.rows)
+        seconds = _written(place, arguments.rows, arguments.weights, arguments.dtype)
+        print(f"written in {seconds:.0f} s")
+        return _measured(place, arguments.batch, arguments.rounds)
+
+
+def _measured(place: str, batch: int, rounds: int) -> list[dict[str, Any]]:
+    from nfscale.store import open_weights
+
+    table = open_weights(place)
+    count, weights = len(table), table.layout.size
+    megabytes = sum(commit.bytes for commit in table.commits) / 1e6
+    print(f"{count:,} rows of {weights:,} weights as {table.plan.dtype}, {megabytes:,.0f} MB")
+    passes: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
+    for _ in range(rounds):
+        for name, found in passes.items():
+            found.append(_in_a_process(name, place, batch))
+            _refuse_less(name, found[-1], count)
     middle = {name: _medians(found) for name, found in passes.items()}
     fastest = {key: min(middle[name][key] for name in SCANS) for key in ("wall_seconds", "cpu_seconds")}
     rows = [
         {
             "way": name,
-            "rows_per_second": arguments.rows / one["wall_seconds"],
-            "mb_per_second": 4e-6 * arguments.rows * arguments.weights / one["wall_seconds"],
+            "rows_per_second": count / one["wall_seconds"],
+            "mb_per_second": 4e-6 * count * weights / one["wall_seconds"],
             "wall_ratio": fastest["wall_seconds"] / one["wall_seconds"],
             "cpu_seconds": one["cpu_seconds"],
             "cpu_ratio": fastest["cpu_seconds"] / one["cpu_seconds"],
@@ -178,7 +187,14 @@ def _dataset(use_threads: bool) -> Callable[[Any, int], Read]:
 def _files(table: Any, batch: int) -> Read:
     import pyarrow.parquet as pq
 
-    return lambda: sum(len(pq.read_table(name, columns=_COLUMNS, use_threads=False)) for name in table.files())
+    def read() -> int:
+        rows = 0
+        for name in table.files():
+            with pq.ParquetFile(name) as opened:
+                rows += len(opened.read(columns=_COLUMNS, use_threads=False))
+        return rows
+
+    return read
 
 
 def _first_epoch(table: Any, batch: int) -> Read:

@@ -29,6 +29,13 @@ def test_ways_are_timed_in_processes_of_their_own(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"], "the table is removed"
 
 
+def test_the_table_of_a_run_is_read_where_one_is_given(monkeypatch):
+    read = []
+    monkeypatch.setattr(stream, "_measured", lambda *asked: read.append(asked) or [])
+    main(["stream", "runs/mine", "--rounds", "2", "--batch", "64"])
+    assert read == [("runs/mine", 64, 2)]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "delta_float16"])
 def test_the_table_is_one_that_readers_take(tmp_path, dtype):
     place = str(tmp_path / "run")
