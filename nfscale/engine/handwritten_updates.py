@@ -70,7 +70,7 @@ def update_of(
     words: Tensor | None,
     lengths: Tensor | None = None,
 ) -> Update:
-    """The update for `count` steps of the fields `index` [k] of a batch, whose state, steps, rate and lengths these are.
+    """The update for `count` steps of the fields `index` [k] of a batch, whose state, steps and so on these are.
 
     Args:
         words: int64 [k, U, P / 32], as `probe_words` draws them.
