@@ -74,7 +74,7 @@ def fitted_sample(
     plan = make_plan(job, device)
     with tempfile.TemporaryDirectory(prefix="nfscale-estimate-") as temporary:
         folder = RunFolder(temporary)
-        folder.freeze(plan)
+        folder.freeze(plan, job.read_steps())
         run = OpenRun(folder)
         planned = clock()
         if job.needs_calibration:
