@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nfscale.errors import CallerError
@@ -44,7 +43,7 @@ def parsed(content: bytes) -> dict[str, int]:
         raise ValueError(f"datum_id is a string and steps an integer, got {ids.type} and {steps.type}")
     if ids.null_count or steps.null_count:
         raise ValueError("some of its ids or steps are null")
-    if pc.count_distinct(ids).as_py() < len(ids):
+    if len(ids.unique()) < len(ids):
         raise ValueError("it names a datum twice")
     return dict(zip(ids.to_pylist(), steps.to_pylist(), strict=True))
 
