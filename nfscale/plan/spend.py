@@ -14,7 +14,7 @@ miss it at every length that is worth its price get the least one.
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,9 @@ _SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
 that are given up: less would save more, and leave worse fields."""
 _FIRST_CHUNK = 32  # data that are fitted at all lengths whatever it takes
 _ASSUMED_DB = 40.0  # where the target is no number of decibels
+_CHEAPEST, _DEAREST = 1e-9, 1e9
+"""Prices of a step: at the one steps are all but free, at the other they are all that counts."""
+_ROUNDING = 1e-9
 _COLUMNS = ["datum_id", "steps", "steps_to_target"]
 
 
@@ -221,7 +224,7 @@ def _spent(
         uniform_steps=uniform_steps,
         uniform_hours=hours(uniform_cost),
         uniform_share_at_target=uniform_share,
-        equal_share_hours=hours(_cost_of_share(chances, steps, uniform_share)),
+        equal_share_hours=hours(cost_of_share(chances, steps, uniform_share)),
         sampled=len(tried.difficulty),
         knows_difficulty=knows_difficulty,
     )
@@ -242,32 +245,40 @@ def allotted(chances: np.ndarray, steps: np.ndarray, budget: float) -> np.ndarra
     """
     every = np.arange(chances.shape[1])
 
-    def at(price: float) -> np.ndarray:
-        return (chances - price * steps).argmax(axis=0)
-
     def cost(chosen: np.ndarray) -> float:
         return float(steps[chosen, every].sum())
 
-    cheap, dear = 1e-9, 1e9  # prices: below the least, steps are all but free, above the other, all that counts
-    if cost(at(dear)) > budget:
-        raise ValueError(f"{cost(at(dear)):.0f} steps at least, and a budget of {budget:.0f}")
-    if cost(at(cheap)) <= budget:
-        return at(cheap)
-    for _ in range(100):
-        middle = math.sqrt(cheap * dear)
-        cheap, dear = (cheap, middle) if cost(at(middle)) <= budget else (middle, dear)
+    least = cost(_chosen(chances, steps, _DEAREST))
+    if least > budget:
+        raise ValueError(f"{least:.0f} steps at least, and a budget of {budget:.0f}")
+    cheap, dear = _bracketed(lambda price: cost(_chosen(chances, steps, price)) > budget)
     # Between two prices that differ by rounding, data are indifferent: as many as there is budget for get more.
-    more, chosen = at(cheap), at(dear)
+    more, chosen = _chosen(chances, steps, cheap), _chosen(chances, steps, dear)
     extra = np.cumsum(steps[more, every] - steps[chosen, every])
     return np.where(extra <= budget - cost(chosen), more, chosen)
 
 
-def _cost_of_share(chances: np.ndarray, steps: np.ndarray, share: float) -> float:
-    """The least steps of all data that are expected to bring this share of them to the target."""
+def cost_of_share(chances: np.ndarray, steps: np.ndarray, share: float) -> float:
+    """The least steps of all data [L, N] that are expected to bring this share of them to the target, if any does."""
     every = np.arange(chances.shape[1])
-    costs = []
-    for price in np.geomspace(1e-9, 1e9, 2000):
-        chosen = (chances - price * steps).argmax(axis=0)
-        if chances[chosen, every].mean() >= share - 1e-9:
-            costs.append(float(steps[chosen, every].sum()))
-    return min(costs)
+
+    def reaches(price: float) -> bool:
+        return chances[_chosen(chances, steps, price), every].mean() >= share - _ROUNDING
+
+    cheap, _ = _bracketed(reaches)
+    return float(steps[_chosen(chances, steps, cheap), every].sum())
+
+
+def _chosen(chances: np.ndarray, steps: np.ndarray, price: float) -> np.ndarray:
+    return (chances - price * steps).argmax(axis=0)
+
+
+def _bracketed(holds: Callable[[float], bool]) -> tuple[float, float]:
+    """The highest price of a step for which something holds that holds below it, and the next one above it."""
+    cheap, dear = _CHEAPEST, _DEAREST
+    if not holds(cheap):
+        return cheap, cheap
+    for _ in range(100):
+        middle = math.sqrt(cheap * dear)
+        cheap, dear = (middle, dear) if holds(middle) else (cheap, middle)
+    return cheap, dear
