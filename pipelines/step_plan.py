@@ -30,11 +30,17 @@ from nfscale.plan.spend import Tried, allotted, cost_of_share, lengths_of
 from nfscale.signals import Samples
 from nfscale.track import log_folder
 
-JOB = load_job(Path(__file__).parent / "photos.yaml", ["fit.check_every=10"])
-TARGET = JOB.fit.target or 0.0
+JOBS = Path(__file__).parent
+JOB = load_job(JOBS / "photos.yaml", ["fit.check_every=10"])
 CALIBRATION = 32
 FIXED, LADDERS = (200, 300, 400, 600, 1000), ((300, 600),)
 """Lengths of one schedule; first and last budgets of ladders."""
+
+
+def target() -> float:
+    """Of the job, in dB."""
+    assert JOB.fit.target is not None, "the job has one"
+    return JOB.fit.target
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ def data_of(known: int, unseen: int) -> Data:
     contents = [(dataset.ids[position], dataset.read(position).content) for position in drawn]
     signal = JOB.build_signal([content for _, content in contents[:8]])
     data = [(datum_id, signal.samples(content)) for datum_id, content in contents]
-    bits = {dataset.ids[position]: value for position, value in bits_at(dataset, signal, drawn, TARGET).items()}
+    bits = {dataset.ids[position]: value for position, value in bits_at(dataset, signal, drawn, target()).items()}
     first, last = CALIBRATION, CALIBRATION + known
     field = JOB.build_field(signal.dimensions, signal.channels)
     return Data(field, signal, data[:first], data[first:last], data[last:], bits)
@@ -110,7 +116,7 @@ class Method:
         started = time.process_time()
         fits = nfscale.fit(
             self._data.field, self._data.signal, data, optimizer=self._optimizer(length, first), init=self._theta0,
-            stop=nfscale.Stop(length, target=TARGET, check_every=JOB.fit.check_every), calibration=self._shared,
+            stop=nfscale.Stop(length, target=target(), check_every=JOB.fit.check_every), calibration=self._shared,
             step_plan=plan, **self._common,
         )  # fmt: skip
         done = sorted(fits, key=lambda one: one.id)
@@ -171,7 +177,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = data_of(24, 24) if chosen.small else data_of(chosen.known, chosen.unseen)
     lines: list[str] = []
     for name in chosen.methods:
-        lines += ["", f"{name}: {len(data.unseen)} tiles to {TARGET:g} dB, plans made by {len(data.known)} others", ""]
+        lines += [
+            "",
+            f"{name}: {len(data.unseen)} tiles to {target():g} dB, plans made by {len(data.known)} others",
+            "",
+        ]
         print("\n".join(lines[-3:]))
         for line in compared(name, data, FIXED[1:4:2] if chosen.small else FIXED):
             lines.append(line)

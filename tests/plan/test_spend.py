@@ -11,8 +11,7 @@ from nfscale.cli.estimate import _seconds_in
 from nfscale.cli.estimate import estimate as estimate_command
 from nfscale.difficulty import bits, bits_at
 from nfscale.errors import CallerError
-from nfscale.plan.sample import fitted_sample
-from nfscale.plan.spend import Tried, allotted, cost_of_share, lengths_of, spend
+from nfscale.plan.spend import Tried, _spent, allotted, cost_of_share, lengths_of
 from nfscale.store import open_weights, step_plan
 from tests.jobs import encode_in_process, tiny_job, tiny_settings
 
@@ -136,15 +135,30 @@ def test_a_plan_takes_its_budget_and_a_run_follows_it(tmp_path, capsys):
     assert figures["share_at_target"] == plan["share_at_target"]
 
 
-def test_a_smaller_budget_takes_fewer_steps_and_too_small_a_one_is_refused(tmp_path):
-    job = tiny_job(tmp_path / "run", *JOB)
-    sample = fitted_sample(job, seconds=1, processes=1, seed=0)
-    plenty = spend(job, sample, 1e6, seconds=1, seed=0)
-    beside = plenty.device_hours * 3600
-    with pytest.raises(CallerError, match=r"a budget of .* h is not enough: 48 data of 10 steps each take"):
-        spend(job, sample, beside / 1e3, seconds=1, seed=0)
-    assert plenty.knows_difficulty
-    assert plenty.uniform_steps == 160
+def test_what_a_plan_costs_is_its_steps_and_what_comes_beside_them():
+    """Two lengths, of which the longer brings the harder half of 100 data to the target at 400 steps each."""
+    difficulty = np.repeat([1.0, 2.0], 50)
+    tried = Tried((100, 400), np.array([1.0, 2.0]), np.array([[1, 0], [1, 1]]) > 0, np.array([[80.0, 100], [90, 400]]))
+    ids = [str(number) for number in range(100)]
+    chances, steps = tried.expected(difficulty)
+
+    def spent(budget: float):
+        return _spent(tried, ids, chances, steps, 0.5, 1000.0, budget, knows_difficulty=True)
+
+    half = spent(1000 + 0.5 * (50 * 80 + 25 * 100 + 25 * 400))
+    assert list(half.steps.values()) == [100] * 50 + [400] * 25 + [100] * 25
+    assert half.share_at_target == pytest.approx(0.75)
+    assert half.device_hours * 3600 == pytest.approx(1000 + 0.5 * 16500)
+    assert half.figures()["data_by_steps"] == {"100": 75, "400": 25}
+    part = (16500 - 9000) / (24500 - 9000)  # of the way from one length to the other, which takes as many steps
+    assert half.uniform_steps == round(100 + part * 300)
+    assert half.uniform_share_at_target == pytest.approx(0.5 + part / 2)
+    assert half.uniform_hours == half.device_hours
+    enough = spent(1e6)
+    assert enough.share_at_target == 1
+    assert enough.device_hours * 3600 == pytest.approx(1000 + 0.5 * (50 * 80 + 50 * 400)), "and no step more"
+    with pytest.raises(CallerError, match=r"a budget of 0.278 h is not enough: 100 data of 100 steps each take 1.53 h"):
+        spent(1000)
 
 
 def test_what_cannot_be_planned_is_refused_before_anything_is_fitted(tmp_path):
