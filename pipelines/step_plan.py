@@ -3,7 +3,7 @@
     python -m pipelines.step_plan                          # ten minutes of one core
     python -m pipelines.step_plan --small --methods adam   # two
 
-The field, the samples and the target of `photos.yaml`. Some tiles are fitted at five lengths of the schedule, as
+The job is `photos.yaml` with its target and its checks. Some tiles are fitted at five lengths of the schedule, as
 `nfscale estimate --budget` does (`nfscale.plan.spend`); others, which the plans have not seen, are fitted with one
 length for all, with a ladder of budgets, and with plans: for the steps that the one length took, and for the share of
 the data that it brought to the target. A plan is followed by real fits: it was made by what it expects to take and to
@@ -31,10 +31,10 @@ from nfscale.signals import Samples
 from nfscale.track import log_folder
 
 JOBS = Path(__file__).parent
-JOB = load_job(JOBS / "photos.yaml", ["fit.check_every=10"])
+JOB = load_job(JOBS / "photos.yaml")
 CALIBRATION = 32
-FIXED, LADDERS = (200, 300, 400, 600, 1000), ((300, 600),)
-"""Lengths of one schedule; first and last budgets of ladders."""
+LADDERS = ((300, 600),)
+"""First and last budgets."""
 
 
 def target() -> float:
@@ -170,7 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=["esgd", "adam"], default=["esgd", "adam"])
     parser.add_argument("--known", type=int, default=64, help="tiles that the plans are made by")
     parser.add_argument("--unseen", type=int, default=128, help="tiles that are compared")
-    parser.add_argument("--small", action="store_true", help="fewer tiles and lengths")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[300, 400, 600, 1000], help="of one schedule")
+    parser.add_argument("--small", action="store_true", help="fewer tiles")
     parser.add_argument("--output", type=Path, default=Path("runs/step_plan"))
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)  # as in a worker
@@ -183,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "",
         ]
         print("\n".join(lines[-3:]))
-        for line in compared(name, data, FIXED[1:4:2] if chosen.small else FIXED):
+        for line in compared(name, data, chosen.lengths):
             lines.append(line)
             print(line, flush=True)
     chosen.output.mkdir(parents=True, exist_ok=True)
