@@ -6,84 +6,24 @@ commits and continues. Observers are told what happens and decide for themselves
 
 import math
 import os
-import signal
 import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from types import FrameType
 from typing import Any, Protocol
 
-from nfscale.coordinator import Coordinator, Failure, Lease, portion
+from nfscale.coordinator import Coordinator, Failure, Lease
 from nfscale.datasets.base import ids_digest
-from nfscale.encode import OpenRun, Progress, ShardReport, calibrate_run, encode_shard, make_plan, new_attempt
-from nfscale.errors import CallerError, EncodeError, ExitCode, NfscaleError, OutputError, SupersededError
-from nfscale.files import StoreError
+from nfscale.encode import Progress, ShardReport, make_plan, new_attempt
+from nfscale.errors import CallerError, EncodeError, SupersededError
 from nfscale.job import EncodeJob
+from nfscale.pool import Advanced, Event, Failed, Pool, Succeeded
 from nfscale.store.run_folder import ESTIMATE, Commit, Plan, RunFolder, Shard
 
 _POLL_SECONDS = 0.5
 BEAT_SECONDS = 5.0
 """Between two signs of life; a driver that gave none for several times as long is taken for dead."""
-
-
-# --- what a pool of workers tells the driver
-
-
-@dataclass(frozen=True)
-class Advanced:
-    """A worker finished some fields of its lease."""
-
-    worker: str
-    progress: Progress
-
-
-@dataclass(frozen=True)
-class Succeeded:
-    """A worker's lease is committed; `report` is None for the calibration."""
-
-    worker: str
-    report: ShardReport | None
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A worker's lease is over without a commit. A worker that is lost is no longer among the idle ones."""
-
-    worker: str
-    failure: Failure
-    message: str
-
-
-Event = Advanced | Succeeded | Failed
-
-
-class Pool(Protocol):
-    """Workers, each with at most one lease."""
-
-    def idle(self) -> list[str]:
-        """Workers that are alive and have no lease."""
-        ...
-
-    def start(self, lease: Lease) -> None:
-        """Let `lease.worker` begin."""
-        ...
-
-    def poll(self, seconds: float) -> list[Event]:
-        """What happened, after waiting at most this long for something to happen."""
-        ...
-
-    def cancel(self, worker: str) -> None:
-        """End what a worker does, and the worker with it where it cannot be asked to; no event comes of it."""
-        ...
-
-    def want(self, workers: int) -> None:
-        """So many workers would be of use from now on; a pool of a fixed size need not care."""
-        ...
-
-    def close(self) -> None: ...
 
 
 class Observer(Protocol):
@@ -95,81 +35,11 @@ class Observer(Protocol):
 
     def on_commit(self, commit: Commit) -> None: ...
 
+    def on_waiting(self, what: str | None) -> None:
+        """Every few seconds: what keeps the run from going on, if anything does."""
+        ...
+
     def on_tick(self) -> None: ...
-
-
-@dataclass
-class InProcessPool:
-    """One worker in this process, without Ray, for debugging. On one thread, as every worker on a CPU is."""
-
-    folder: RunFolder
-    _lease: Lease | None = None
-    _work: Iterator[Progress | ShardReport | None] | None = None
-    _run: OpenRun | None = None
-
-    def idle(self) -> list[str]:
-        return [] if self._lease else ["in-process"]
-
-    def start(self, lease: Lease) -> None:
-        import torch
-
-        torch.set_num_threads(1)
-        self._run = self._run or OpenRun(self.folder)
-        self._lease, self._work = lease, work_on(self._run, lease)
-
-    def poll(self, seconds: float) -> list[Event]:
-        if self._lease is None or self._work is None:
-            time.sleep(seconds)  # until what waits may be tried again
-            return []
-        worker = self._lease.worker
-        try:
-            event = next(self._work)
-        except Exception as error:
-            self._lease = None
-            return [Failed(worker, failure_of(error), explained(error))]
-        if isinstance(event, Progress):
-            return [Advanced(worker, event)]
-        self._lease = None
-        return [Succeeded(worker, event)]
-
-    def cancel(self, worker: str) -> None:
-        self._lease = self._work = None
-
-    def want(self, workers: int) -> None: ...
-
-    def close(self) -> None:
-        self._work = None
-
-
-def work_on(run: OpenRun, lease: Lease) -> Iterator[Progress | ShardReport | None]:
-    """A worker's whole work on a lease; the last thing it yields is the report (None for the calibration)."""
-    if lease.shard is None:
-        calibrate_run(run, portion(run.plan.calibration_positions, lease.crashes))
-        yield None
-        return
-    yield from encode_shard(
-        run,
-        lease.shard,
-        attempt=lease.attempt or new_attempt(),
-        order=lease.id,
-        worker=lease.worker,
-        quarantine=lease.quarantine,
-        epoch=lease.epoch,
-    )
-
-
-def failure_of(error: BaseException) -> Failure:
-    """The class of an exception that ended a lease: no other would fare better where the output is lost."""
-    return Failure.STORAGE if isinstance(error, OutputError | StoreError | SupersededError) else Failure.TASK
-
-
-def explained(error: BaseException) -> str:
-    """One line about an exception, with its type where the message alone does not say enough."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, NfscaleError) else f"{type(error).__name__}: {text}"[:1000]
-
-
-# --- a run
 
 
 @dataclass
@@ -439,6 +309,9 @@ class _Service:
         """Say that this driver lives, and end the workers that do not."""
         self._refuse_superseded()
         self.folder.beat(_sign_of_life(self.leases), self.share and str(self.share))
+        waiting = self.pool.waiting()
+        for observer in self.observers:
+            observer.on_waiting(waiting)
         for lease in self.coordinator.expired(self.clock()):
             self._end(lease)
             self.coordinator.failed(lease, Failure.CRASH, "no sign of progress for too long", self.clock())
@@ -523,45 +396,3 @@ def totals(folder: RunFolder, summary: Summary) -> Summary:
         for status, count in commit.counts.items():
             summary.counts[status] = summary.counts.get(status, 0) + count
     return summary
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived: leave in good order."""
-
-
-class Termination:
-    """Turns SIGTERM into `Terminated` while the block runs, where that is the main thread.
-
-    Ray installs a handler of its own when it starts, one that exits with the signal's number, so `install`
-    is called again after that; and an exception that arises inside Ray's C code comes out as a SystemError.
-    """
-
-    def __init__(self) -> None:
-        self.arrived = False
-        self._before: Any = None
-
-    def __enter__(self) -> "Termination":
-        self._before = self.install()
-        return self
-
-    def install(self) -> Any:
-        """Handle SIGTERM from now on; the handler there was."""
-        if threading.current_thread() is not threading.main_thread():
-            return None  # the embedding program owns the signals
-        return signal.signal(signal.SIGTERM, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.arrived = True
-        raise Terminated
-
-    def exit_code_of(self, error: BaseException) -> ExitCode | None:
-        """The exit code of an interruption, as which exception it may come; None if it is none."""
-        if isinstance(error, KeyboardInterrupt):
-            return ExitCode.INTERRUPTED
-        by_ray = isinstance(error, SystemExit) and error.code == signal.SIGTERM
-        in_c_code = isinstance(error, SystemError) and self.arrived
-        return ExitCode.TERMINATED if by_ray or in_c_code or isinstance(error, Terminated) else None
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)

@@ -264,8 +264,9 @@ class EncodeJob(_Section):
     workers: NonNegativeInt | Literal["auto"] = "auto"
     """0: in this process, without Ray; auto: as many as there is room for, on a cluster that grows `max_workers`."""
     max_workers: PositiveInt | None = None
-    workers_per_gpu: NonNegativeInt = 1
-    """That share each GPU; 0: workers that leave the GPUs alone."""
+    workers_per_gpu: NonNegativeInt | Literal["auto"] = "auto"
+    """That share each GPU, asked for also of a cluster that has none yet; 0: workers that leave the GPUs alone; auto:
+    one where there are GPUs."""
     checkpoint_minutes: PositiveFloat = 10.0
     """A shard that takes longer keeps what it has so far, so often; another attempt at it goes on from there. Most
     shards are seconds of work. What counts is what the run was planned with."""

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from nfscale.driver import InProcessPool, Summary, open_run, serve, totals
+from nfscale.driver import Summary, open_run, serve, totals
 from nfscale.encode import Progress
 from nfscale.job import EncodeJob, job_from_settings
+from nfscale.pool import InProcessPool
 from nfscale.store.run_folder import Commit, Plan, RunFolder
 
 
@@ -45,6 +46,8 @@ class Recorder:
 
     def on_commit(self, commit: Commit) -> None:
         self.commits.append(commit)
+
+    def on_waiting(self, what: str | None) -> None: ...
 
     def on_tick(self) -> None: ...
 

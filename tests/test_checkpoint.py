@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from nfscale import checkpoint
-from nfscale.driver import InProcessPool, open_run, serve
+from nfscale.driver import open_run, serve
 from nfscale.encode import OpenRun, ShardReport, _Spent, calibrate_run, encode_shard
+from nfscale.pool import InProcessPool
 from nfscale.store import open_weights
 from nfscale.store.run_folder import Shard
 from nfscale.verify import verify

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image as Pillow
 
 from nfscale.coordinator import Failure, Lease
-from nfscale.driver import InProcessPool, open_run, remaining, serve
+from nfscale.driver import open_run, remaining, serve
 from nfscale.encode import OpenRun, ShardReport, encode_shard, make_plan
 from nfscale.errors import CallerError, EncodeError, MismatchError, SupersededError
 from nfscale.optim import SOLVERS
+from nfscale.pool import InProcessPool
 from nfscale.signals import Image
 from nfscale.store import open_weights
 from nfscale.store.run_folder import Commit, Shard

@@ -7,8 +7,9 @@ import sys
 import pytest
 import yaml
 
-from nfscale.driver import InProcessPool, Share, open_run, serve
+from nfscale.driver import Share, open_run, serve
 from nfscale.errors import CallerError, SupersededError
+from nfscale.pool import InProcessPool
 from nfscale.store import open_weights
 from nfscale.store.run_folder import RunFolder, Shard
 from nfscale.verify import verify

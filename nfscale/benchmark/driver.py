@@ -184,6 +184,9 @@ class _Pool:
 
     def want(self, workers: int) -> None: ...
 
+    def waiting(self) -> str | None:
+        return None
+
     def start(self, lease: Any) -> None:
         from nfscale.coordinator import Failure
 
@@ -220,8 +223,8 @@ class _Pool:
         return events
 
     def _happens(self, worker: str, lease: Any, what: Any) -> Iterator[Any]:
-        from nfscale.driver import Advanced, Failed, Succeeded
         from nfscale.encode import Progress
+        from nfscale.pool import Advanced, Failed, Succeeded
 
         if what == "replaced":
             self._come_up()

@@ -15,7 +15,7 @@ from rich.console import Console
 from nfscale.cli.common import JsonOption, percentages, too_many_failed, warn, write_json
 from nfscale.cli.progress import ProgressDisplay
 from nfscale.datasets import DATASETS
-from nfscale.driver import InProcessPool, Pool, Share, Summary, Termination, open_run, serve, totals
+from nfscale.driver import Share, Summary, open_run, serve, totals
 from nfscale.engine.sampling import Sampling
 from nfscale.errors import ExitCode, NfscaleError, SupersededError
 from nfscale.fields import FIELDS
@@ -25,6 +25,7 @@ from nfscale.fields.initializations import INITIALIZATIONS
 from nfscale.job import EncodeJob, load_job
 from nfscale.machine import measured
 from nfscale.optim import METHODS
+from nfscale.pool import InProcessPool, Pool
 from nfscale.review import make_report
 from nfscale.signals import SIGNALS
 from nfscale.signals.transforms import TransformName
@@ -32,6 +33,7 @@ from nfscale.store import RunFolder
 from nfscale.store.ipc import write_ipc_copy
 from nfscale.store.run_folder import IPC_COPY, Plan
 from nfscale.store.schema import quality_text
+from nfscale.termination import Termination
 from nfscale.track import TOO_MANY_FAILED, Tracker, page_of, tracking_uri
 
 _TRACKER_SECONDS = 120.0  # that MLflow may take at the end; the next start writes what is missing then
@@ -57,7 +59,7 @@ def encode(
     console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
     share = None if shards is None else Share.parsed(shards)
     job = load_job(job_file, overrides)
-    folder, plan = open_run(job, _device())
+    folder, plan = open_run(job, _device(job))
     whole = folder.is_complete and folder.has_report and (not job.track.enabled or folder.is_tracked)
     whole = whole and (not job.store.ipc_copy or folder.files.size(IPC_COPY) is not None)
     if whole and not (retry_failed and any(commit.failed for commit in folder.commits())):
@@ -198,10 +200,12 @@ def _nodes(job: EncodeJob) -> Callable[[], dict[str, dict[str, float]]]:
     return measured_nodes
 
 
-def _device() -> str:
+def _device(job: EncodeJob) -> str:
+    """What the workers will compute on: a head without GPUs plans for those of its cluster."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    asks_for_gpus = job.workers != 0 and job.workers_per_gpu not in (0, "auto")
+    return "cuda" if asks_for_gpus or torch.cuda.is_available() else "cpu"
 
 
 def _seconds(summary: Summary, started: float) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import asdict
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -11,6 +11,13 @@ from rich.table import Table
 from nfscale.cli.common import JsonOption, RunArgument, warn, write_json
 from nfscale.errors import CallerError
 from nfscale.store.schema import json_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nfscale.learn.generate import Generator
+    from nfscale.learn.scores import Score
+    from nfscale.learn.subject import Subject
 
 _FOLDER = "learn/generate"
 _SHEET_COLUMNS = 10
@@ -28,7 +35,7 @@ def generate(
     samples: Annotated[int, typer.Option(help="Fields to sample, classes in turn.", min=20)] = 2000,
     components: Annotated[int, typer.Option(help="Principal components of kind pca.", min=1)] = 64,
     steps: Annotated[int, typer.Option(help="Of training at most; it stops by the loss on held-out rows.")] = 8_000,
-    guidance: Annotated[float, typer.Option(help="Above 1: more like their class, less varied.", min=0)] = 1.0,
+    guidance: Annotated[float, typer.Option(help="Above 1: more like their class, less varied.", min=0)] = 1.3,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Where the table of samples goes; default: RUN/samples.")
     ] = None,
@@ -43,19 +50,7 @@ def generate(
 
     Example: `nfscale generate runs/mnist --kind pca --json samples.json`
     """
-    from nfscale.learn import pictures
-    from nfscale.learn.generate import (
-        MODEL,
-        STATISTICS,
-        Kind,
-        Settings,
-        best_baseline,
-        evenly,
-        scored,
-        train_generator,
-        write_samples,
-    )
-    from nfscale.learn.scores import MEMORISED_BELOW
+    from nfscale.learn.generate import MODEL, STATISTICS, Kind, Settings, evenly, train_generator, write_samples
     from nfscale.learn.subject import Subject
     from nfscale.store import open_weights
     from nfscale.store.run_folder import RunFolder
@@ -88,7 +83,6 @@ def generate(
     folder = write_samples(subject, drawn, ranks, place, settings)
     table.folder.files.replace(MODEL, generator.to_bytes())
     generator.standardizer.save(table.folder, STATISTICS)
-    decoded = subject.decoded(drawn)
     figures: dict[str, Any] = {
         "run": run,
         "samples": str(folder),
@@ -99,43 +93,10 @@ def generate(
         "curve": generator.trained.curve,
         "explained_variance": None if generator.latents is None else generator.latents.explained,
     }
-    files: dict[str, bytes] = {}
-    if decoded.ndim == 4 and decoded.shape[3] in (1, 3, 4):
-        per_class = _SHEET_COLUMNS * max(1, len(subject.labels))
-        order = ranks[:per_class].argsort(stable=True) if len(subject.labels) else ranks[:100].argsort(stable=True)
-        files["samples.png"] = pictures.sheet(decoded[order.numpy()], _SHEET_COLUMNS)
-    try:
-        scores, scorer = scored(subject, parts, generator, drawn, ranks, seed)
-    except CallerError as error:
-        warn(f"no scores: {error}")
-        figures |= dict.fromkeys(_SCORE_KEYS) | {"no_scores": str(error)}
-    else:
-        mine, best = scores[0], best_baseline(scores)
-        figures |= {
-            "label_agreement": mine.label_agreement,
-            "frechet_distance": mine.frechet_distance,
-            "best_baseline_frechet_distance": None if best is None else best.frechet_distance,
-            "best_baseline": None if best is None else best.name,
-            "novelty_ratio": mine.novelty_ratio,
-            "memorises": mine.memorises,
-            "feature_space": scorer.judge.description,
-            "judge_accuracy": scorer.judge_accuracy,
-            "scores": [asdict(one) | {"memorises": one.memorises} for one in scores],
-        }
-        columns = {
-            "label agreement": {one.name: one.label_agreement for one in scores},
-            "Frechet distance": {one.name: one.frechet_distance for one in scores},
-            "novelty, weights": {one.name: one.novelty_weights for one in scores},
-            "novelty, data": {one.name: one.novelty_data for one in scores},
-        }
-        files["scores.png"] = pictures.bars(columns, _DIRECTIONS)
-        console.print(_table(scores))
-        right = f"right on {100 * scorer.judge_accuracy:.1f} % of held-out data"
-        console.print(f"Frechet distance in {scorer.judge.description}, {right}")
-        if mine.memorises:
-            ratio = f"{mine.novelty_ratio:.2f}, below {MEMORISED_BELOW:g}"
-            warn(f"the generator memorises: its median novelty ratio is {ratio}")
-    figures["wall_seconds"] = time.monotonic() - started
+    files = _sheet(subject, drawn, ranks)
+    found, bars = _scores(console, subject, parts, generator, drawn, ranks, seed)
+    figures |= found | {"wall_seconds": time.monotonic() - started}
+    files |= bars
     for name, content in (files | {"figures.json": json_bytes(figures)}).items():
         table.folder.files.replace(f"{_FOLDER}/{name}", content)
     write_json(json_file, figures)
@@ -147,10 +108,68 @@ def generate(
             warn(f"MLflow does not have this: {problem}")
 
 
+def _sheet(subject: "Subject", drawn: "Tensor", ranks: "Tensor") -> dict[str, bytes]:
+    """The picture of samples, a row for each class; none where data are no images."""
+    from nfscale.learn import pictures
+
+    rows = _SHEET_COLUMNS * max(1, len(subject.labels)) if len(subject.labels) else _SHEET_COLUMNS**2
+    order = ranks[:rows].argsort(stable=True)
+    decoded = subject.decoded(drawn[order])
+    if decoded.ndim != 4 or decoded.shape[3] not in (1, 3, 4):
+        return {}
+    return {"samples.png": pictures.sheet(decoded, _SHEET_COLUMNS)}
+
+
+def _scores(
+    console: Console,
+    subject: "Subject",
+    parts: "dict[str, Tensor]",
+    generator: "Generator",
+    drawn: "Tensor",
+    ranks: "Tensor",
+    seed: int,
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Figures and the picture of the scores, which are printed; where there can be none, why."""
+    from nfscale.learn import pictures
+    from nfscale.learn.generate import best_baseline, scored
+    from nfscale.learn.scores import MEMORISED_BELOW
+
+    try:
+        scores, scorer = scored(subject, parts, generator, drawn, ranks, seed)
+    except CallerError as error:
+        warn(f"no scores: {error}")
+        return dict.fromkeys(_SCORE_KEYS) | {"no_scores": str(error)}, {}
+    mine, best = scores[0], best_baseline(scores)
+    figures = {
+        "label_agreement": mine.label_agreement,
+        "frechet_distance": mine.frechet_distance,
+        "best_baseline_frechet_distance": None if best is None else best.frechet_distance,
+        "best_baseline": None if best is None else best.name,
+        "novelty_ratio": mine.novelty_ratio,
+        "memorises": mine.memorises,
+        "feature_space": scorer.judge.description,
+        "judge_accuracy": scorer.judge_accuracy,
+        "scores": [asdict(one) | {"memorises": one.memorises} for one in scores],
+    }
+    columns = {
+        "label agreement": {one.name: one.label_agreement for one in scores},
+        "Frechet distance": {one.name: one.frechet_distance for one in scores},
+        "novelty, weights": {one.name: one.novelty_weights for one in scores},
+        "novelty, data": {one.name: one.novelty_data for one in scores},
+    }
+    console.print(_table(scores))
+    right = f"right on {100 * scorer.judge_accuracy:.1f} % of held-out data"
+    console.print(f"Frechet distance in {scorer.judge.description}, {right}")
+    if mine.memorises:
+        ratio = f"{mine.novelty_ratio:.2f}, below {MEMORISED_BELOW:g}"
+        warn(f"the generator memorises: its median novelty ratio is {ratio}")
+    return figures, {"scores.png": pictures.bars(columns, _DIRECTIONS)}
+
+
 _SCORE_KEYS = ("label_agreement", "frechet_distance", "best_baseline_frechet_distance", "novelty_ratio")
 
 
-def _table(scores: list) -> Table:
+def _table(scores: "list[Score]") -> Table:
     table = Table(box=None, pad_edge=False)
     columns = ("samples of", "label agreement", "Frechet", "precision", "recall", "novelty weights", "data", "copies")
     for column in columns:

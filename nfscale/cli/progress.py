@@ -25,6 +25,7 @@ class ProgressDisplay:
         self._uncommitted: dict[str, int] = {}
         self._started = self._printed = time.monotonic()
         self._unit = ""
+        self._waiting: str | None = None
         self._bar: Progress | None = None
 
     def on_start(self, folder: RunFolder, plan: Plan, commits: list[Commit]) -> None:
@@ -47,6 +48,9 @@ class ProgressDisplay:
     def on_commit(self, commit: Commit) -> None:
         self._uncommitted.pop(commit.shard, None)
         self._done += commit.rows
+
+    def on_waiting(self, what: str | None) -> None:
+        self._waiting = what
 
     def on_tick(self) -> None:
         now = time.monotonic()
@@ -77,6 +81,8 @@ class ProgressDisplay:
             parts.append(f"{clock((self._total - self._fields) / rate)} left")
         else:
             parts.append(f"{clock(now - self._started)} of preparation")
+        if self._waiting:
+            parts.append(f"waiting for {self._waiting}")
         return ", ".join(parts)
 
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nfscale.coordinator import Failure, Lease
-from nfscale.driver import Advanced, Event, Failed, Succeeded, explained, failure_of, work_on
 from nfscale.encode import OpenRun, Progress
-from nfscale.errors import EncodeError
+from nfscale.errors import CallerError, EncodeError
+from nfscale.pool import Advanced, Event, Failed, Succeeded, explained, failure_of, work_on
 from nfscale.store.run_folder import RunFolder
 
 _AUTHENTICATION = "RAY_AUTH_MODE"
@@ -36,15 +36,15 @@ _LOCAL_ENVIRONMENT = {
 _OBJECT_STORE_BYTES = 80 << 20  # the smallest Ray takes: neither data nor weights pass through it
 _START_ATTEMPTS = 3
 _ADDRESSES_BYTES = 4 << 30  # that a process of local Ray needs: at 2.5 GB it aborts in C++, at 4 GB it runs
-
-
 _LOOK_SECONDS = 5.0  # between two looks at the nodes
+_PATIENCE_SECONDS = 20.0  # in which the first worker is usually up
 
 
 @dataclass
 class _Worker:
     name: str
     actor: Any
+    gpus: float = 0.0
     starting: Any = None
     """Reference to the call that says where the actor runs; None once it is up."""
     node: str = ""
@@ -60,14 +60,19 @@ class RayPool:
         folder: RunFolder,
         workers: int | Literal["auto"],
         max_workers: int | None = None,
-        workers_per_gpu: int = 1,
+        workers_per_gpu: int | Literal["auto"] = "auto",
     ) -> None:
         """Connect to Ray, or start it.
 
         Args:
             workers: how many; "auto" is as many as the cluster has room for at the time, and where there is a cluster
                 that grows on demand, `max_workers`.
-            workers_per_gpu: that share a GPU; 0 for workers that leave the GPUs alone.
+            workers_per_gpu: that share a GPU, whether there is one by now or not; 0 for workers that leave the GPUs
+                alone; "auto" for one on each where there are GPUs.
+
+        Raises:
+            CallerError: if a local Ray is to have GPUs, and this machine has none.
+            EncodeError: if Ray does not answer.
         """
         self._on_cluster = bool(os.environ.get("RAY_ADDRESS"))
         if not self._on_cluster:
@@ -88,8 +93,13 @@ class RayPool:
         self._started = 0
         self._failed_starts = 0
         self._draining: set[str] = set()
-        self._looked = time.monotonic()
+        self._looked = self._served = time.monotonic()
         self._resources: dict[str, Any] = ray.cluster_resources()
+        if not self._on_cluster and self._uses_gpus and not self._resources.get("GPU"):
+            raise CallerError(
+                f"workers_per_gpu={workers_per_gpu} asks for GPUs, and this machine has none; leave it out, or "
+                "give the address of a cluster (RAY_ADDRESS)"
+            )
         self._reconcile()
 
     def _connect(self) -> None:
@@ -114,7 +124,14 @@ class RayPool:
 
     @property
     def _uses_gpus(self) -> bool:
-        return self._per_gpu > 0 and self._resources.get("GPU", 0) > 0
+        return self._gpu_share > 0
+
+    @property
+    def _gpu_share(self) -> float:
+        """Of each worker."""
+        if isinstance(self._per_gpu, int):
+            return 1 / self._per_gpu if self._per_gpu else 0
+        return 1 if self._resources.get("GPU", 0) else 0
 
     @property
     def _most(self) -> int:
@@ -122,7 +139,7 @@ class RayPool:
         if isinstance(self._asked, int):
             return min(self._asked, self._max or self._asked)
         gpus, cpus = int(self._resources.get("GPU", 0)), int(self._resources.get("CPU", 0))
-        room = max(1, gpus * self._per_gpu if self._uses_gpus else cpus)
+        room = max(1, round(gpus / self._gpu_share) if self._uses_gpus else cpus)
         if self._max is None:
             return room
         return self._max if self._on_cluster else min(self._max, room)  # what is pending is asked of an autoscaler
@@ -142,12 +159,12 @@ class RayPool:
                 self._drop(worker)
 
     def _add(self) -> None:
-        cpus, gpus = 1, 1 / self._per_gpu if self._uses_gpus else 0
+        cpus, gpus = 1, self._gpu_share
         options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
         actor = self._ray.remote(**options)(_FitWorker).remote(self._folder, cpus, gpus)
         name = f"worker-{self._started}"
         self._started += 1
-        self._workers[name] = _Worker(name, actor, starting=actor.node.remote())
+        self._workers[name] = _Worker(name, actor, gpus, starting=actor.node.remote())
 
     def _drop(self, worker: _Worker) -> None:
         del self._workers[worker.name]
@@ -161,8 +178,21 @@ class RayPool:
         self._resources = self._ray.cluster_resources()
         self._draining = _draining_nodes()
         for worker in list(self._workers.values()):
-            if worker.lease is None and worker.node in self._draining:
-                self._drop(worker)  # and one that takes its place starts elsewhere
+            leaves = worker.node in self._draining
+            if worker.lease is None and (leaves or (self._uses_gpus and not worker.gpus)):
+                self._drop(worker)  # and one that takes its place starts elsewhere, or on a GPU that came
+
+    def waiting(self) -> str | None:
+        """What is waited for, where no worker has been up for a while."""
+        now = time.monotonic()
+        if any(worker.starting is None for worker in self._workers.values()) or not self._workers:
+            self._served = now
+        if now - self._served < _PATIENCE_SECONDS:
+            return None
+        gpus = f" and {self._gpu_share:g} GPU" if self._uses_gpus else ""
+        free = self._ray.available_resources()
+        have = " and ".join(f"{free.get(k, 0):g} of {self._resources.get(k, 0):g} {k}s" for k in ("CPU", "GPU"))
+        return f"a worker: each takes 1 CPU{gpus}, and the cluster has {have} free"
 
     # --- work
 

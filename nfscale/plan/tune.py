@@ -89,8 +89,10 @@ def moves(job: EncodeJob) -> dict[str, list[Any]]:
     if isinstance(fit.samples, int):
         found["fit.samples"] = [max(16, fit.samples // 2), fit.samples * 2]
     every = fit.check_every
-    steps = {max(every, round(share * fit.max_steps / every) * every) for share in (0.5, 0.7, 1.4, 2.0)}
+    steps = {max(every, round(share * fit.max_steps / every) * every) for share in (0.5, 0.7, 0.85, 1.4, 2.0)}
     found["fit.max_steps"] = sorted(steps - {fit.max_steps})
+    grain = getattr(job.optimizer, "update_every", 1)  # a check comes where curvature is taken anew
+    found["fit.check_every"] = sorted({max(grain, every // 2 // grain * grain), 2 * every} - {every})
     if hasattr(job.optimizer, "learning_rate"):
         found[RATE_FACTOR] = list(_FACTORS)
     if job.optimizer.kind in _KINDS:

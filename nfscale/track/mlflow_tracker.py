@@ -140,6 +140,8 @@ class Tracker:
 
     def on_progress(self, progress: Progress) -> None: ...
 
+    def on_waiting(self, what: str | None) -> None: ...
+
     def on_tick(self) -> None:
         if self._pace is not None and self._pace.is_due():
             self._calls.put(("logging", self._look))

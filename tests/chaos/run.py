@@ -44,8 +44,10 @@ encode."""
 _DISK_BYTES = 256 << 20
 _AFTERWARDS_SECONDS = 420.0
 """That the last encode may go on after the last fault."""
-_AGAIN = {1, -9, 4, 143}
-"""How a driver may end in all this: failed on the way, killed, overtaken by the next one, told to leave."""
+_CRASHED = {-6, -11}
+"""How a process of Ray's ends whose native code aborts: by itself, told apart in the report."""
+_AGAIN = {1, -9, 4, 143} | _CRASHED
+"""How a driver may end in all this: failed on the way, killed, overtaken by the next one, told to leave, crashed."""
 
 
 @dataclass
@@ -161,6 +163,7 @@ class Chaos:
     def start_driver(self, number: int) -> subprocess.Popen:
         command = [sys.executable, "-m", "nfscale", "encode", str(self.folder / f"job-{number}.yaml")]
         environment = os.environ | {"RAY_ADDRESS": self.nodes.address, "MLFLOW_TRACKING_URI": self.tracking.uri}
+        environment["PYTHONFAULTHANDLER"] = "1"
         with open(self.folder / f"driver-{number}.log", "a") as log:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
@@ -404,6 +407,7 @@ class Chaos:
             "not_possible": [] if self.disk else ["disk full", "disk read-only (this user may not mount)"],
             "encodes": [asdict(one) | {"wasted": one.wasted} for one in self.encodes],
             "drivers": sum(one.drivers for one in self.encodes),
+            "drivers_crashed": sum(one.exit_codes.get(str(code), 0) for one in self.encodes for code in _CRASHED),
             "wasted": wasted,
             "node_death_noticed_seconds": {
                 "count": len(noticed),
@@ -460,6 +464,8 @@ def print_report(figures: dict[str, Any]) -> None:
     if noticed["count"]:
         median, longest = noticed["median"], noticed["longest"]
         console.print(f"dead nodes   noticed by Ray after {median:.1f} s (median), {longest:.1f} s (longest)")
+    if figures["drivers_crashed"]:
+        console.print(f"drivers      {figures['drivers_crashed']} crashed by themselves, in native code of Ray's")
     for problem in figures["problems"]:
         console.print(f"PROBLEM   {problem}", markup=False)
     console.print("every datum once, as undisturbed" if figures["ok"] else "NOT as it should be")

@@ -7,8 +7,10 @@ import pytest
 
 from nfscale.coordinator import Failure, Lease
 from nfscale.distributed import RayPool
-from nfscale.driver import Failed, open_run
-from nfscale.errors import EncodeError
+from nfscale.driver import open_run
+from nfscale.errors import CallerError, EncodeError
+from nfscale.pool import Failed
+from nfscale.store.run_folder import RunFolder
 from tests.jobs import tiny_job
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -27,12 +29,16 @@ class FakeRay:
 
     def kill(self, actor): ...
 
+    def available_resources(self):
+        return {"CPU": 2.0}
 
-def pool_on(cpus, gpus=0, workers="auto", max_workers=None, workers_per_gpu=1, on_cluster=True):
+
+def pool_on(cpus, gpus=0, workers="auto", max_workers=None, workers_per_gpu="auto", on_cluster=True):
     """A pool on a cluster of these resources, all of whose workers are pending."""
     pool = RayPool.__new__(RayPool)
     pool._on_cluster, pool._asked, pool._max, pool._per_gpu = on_cluster, workers, max_workers, workers_per_gpu
     pool._useful, pool._workers, pool._started, pool._draining = None, {}, 0, set()
+    pool._looked = pool._served = time.monotonic()
     pool._resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     pool._ray, pool._folder = FakeRay(), ""
     pool._reconcile()
@@ -52,6 +58,7 @@ def pool_on(cpus, gpus=0, workers="auto", max_workers=None, workers_per_gpu=1, o
         ({"cpus": 16, "gpus": 2}, 2, 1),
         ({"cpus": 16, "gpus": 2, "workers_per_gpu": 4}, 8, 0.25),
         ({"cpus": 16, "gpus": 2, "workers_per_gpu": 0}, 16, 0),
+        ({"cpus": 0, "max_workers": 8, "workers_per_gpu": 2}, 8, 0.5),  # of a cluster whose GPUs come on demand
     ],
 )
 def test_how_many_workers_there_may_be_and_what_each_takes(keys, workers, gpus_each):
@@ -59,6 +66,41 @@ def test_how_many_workers_there_may_be_and_what_each_takes(keys, workers, gpus_e
     assert len(pool._workers) == workers
     assert {options["num_gpus"] for options in pool._ray.options} == {gpus_each}
     assert all(options["max_restarts"] == options["max_task_retries"] == 0 for options in pool._ray.options)
+
+
+def test_workers_on_cores_make_way_for_gpus_that_come():
+    pool = pool_on(cpus=2, max_workers=2)
+    pool._ray.cluster_resources = lambda: {"CPU": 10, "GPU": 4}
+    busy, idle = pool._workers.values()
+    busy.starting = idle.starting = None
+    busy.lease = Lease(0, None, busy.name)
+    pool._looked -= 60
+    pool._look()
+    pool._reconcile()
+    assert idle.name not in pool._workers
+    assert busy.name in pool._workers, "until its lease is over"
+    assert [options["num_gpus"] for options in pool._ray.options] == [0, 0, 1]
+
+
+def test_what_is_waited_for_is_told_after_a_while():
+    pool = pool_on(cpus=4, workers_per_gpu=1)
+    assert pool.waiting() is None
+    pool._served -= 60
+    assert (
+        pool.waiting() == "a worker: each takes 1 CPU and 1 GPU, and the cluster has 2 of 4 CPUs and 0 of 0 GPUs free"
+    )
+    (worker,) = pool._workers.values()
+    worker.starting = None
+    assert pool.waiting() is None
+
+
+def test_a_machine_without_gpus_is_not_asked_for_them(monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
+    with pytest.raises(CallerError, match="workers_per_gpu=2 asks for GPUs, and this machine has none"):
+        RayPool(RunFolder("runs/none"), workers=1, workers_per_gpu=2)
 
 
 def test_no_more_workers_are_kept_than_are_of_use_and_none_that_is_at_work_is_let_go():

@@ -9,8 +9,9 @@ import pyarrow.compute as pc
 import pytest
 import yaml
 
-from nfscale.driver import InProcessPool, open_run, serve, totals
+from nfscale.driver import open_run, serve, totals
 from nfscale.encode import OpenRun, ShardReport, encode_shard
+from nfscale.pool import InProcessPool
 from nfscale.store import RunFolder, open_weights
 from nfscale.verify import verify
 from tests.jobs import encode_in_process, tiny_job, tiny_settings

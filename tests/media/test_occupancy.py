@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nfscale.driver import InProcessPool, open_run, serve
+from nfscale.driver import open_run, serve
 from nfscale.errors import CallerError
 from nfscale.job import job_from_settings
 from nfscale.media import MEDIA, meshes
 from nfscale.media.meshes import read_mesh
 from nfscale.media.occupancy import OccupancyMedium
 from nfscale.media.solids import drawn, mesh_of, solid_of
+from nfscale.pool import InProcessPool
 from nfscale.signals import Grid, Mesh, Occupancy
 from nfscale.store import open_weights
 from nfscale.verify import verify

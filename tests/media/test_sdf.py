@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from nfscale.driver import InProcessPool, open_run, serve
+from nfscale.driver import open_run, serve
 from nfscale.job import job_from_settings
 from nfscale.media import MEDIA
 from nfscale.media.sdf import SdfMedium, compared
 from nfscale.media.solids import mesh_of, solid_of
+from nfscale.pool import InProcessPool
 from nfscale.signals import Grid, Mesh, Sdf, Solid
 from nfscale.store import open_weights
 from nfscale.verify import verify

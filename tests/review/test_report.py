@@ -5,8 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nfscale.driver import InProcessPool, open_run
+from nfscale.driver import open_run
 from nfscale.media import pictures
+from nfscale.pool import InProcessPool
 from nfscale.review import make_report
 from nfscale.store import open_weights
 from nfscale.store.history import quality_quantiles

@@ -26,7 +26,8 @@ def no_server(monkeypatch):
 
 def encode_tracked(job, *observers):
     """A run with its tracker, as the command line makes it, without the report."""
-    from nfscale.driver import InProcessPool, open_run, serve
+    from nfscale.driver import open_run, serve
+    from nfscale.pool import InProcessPool
 
     folder, plan = open_run(job)
     warnings = []
