@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 _JOB = Path(__file__).with_name("mnist.yaml")
-_FIELDS = (
+FIELDS = (
     *("field.depth=2", "field.omega_0=15"),
     *("fit.samples=full", "fit.max_steps=50", "fit.check_every=10", "fit.target=null"),
 )
+"""Keys of a job that make fields which read well, see above."""
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -36,11 +37,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     started = time.monotonic()
     output.parent.mkdir(parents=True, exist_ok=True)
     limit = ["dataset.limit=400"] if small else []
-    _nfscale("encode", str(_JOB), f"output={output}", "name=mnist_generate", "workers=0", *_FIELDS, *limit)
+    nfscale("encode", str(_JOB), f"output={output}", "name=mnist_generate", "workers=0", *FIELDS, *limit)
     classify = ["--epochs", "0.2", "--folds", "2"] if small else []
-    accuracy = _figures(output, "classify", str(output), *classify)
+    accuracy = figures_of(output, "classify", str(output), *classify)
     generate = ["--steps", "200", "--samples", "200", "--components", "16"] if small else []
-    samples = _figures(output, "generate", str(output), *generate)
+    samples = figures_of(output, "generate", str(output), *generate)
     figures = {
         **{name: accuracy[name] for name in ("weights_accuracy", "probe_accuracy", "pixel_accuracy")},
         **{name: accuracy[name] for name in ("weights_interval", "probe_interval", "pixel_interval")},
@@ -71,14 +72,15 @@ def targets(figures: dict[str, Any]) -> dict[str, bool]:
     }
 
 
-def _figures(output: Path, command: str, *arguments: str) -> dict[str, Any]:
+def figures_of(output: Path, command: str, *arguments: str) -> dict[str, Any]:
     """What a command reports with --json."""
     place = output / f"{command}.json"
-    _nfscale(command, *arguments, "--json", str(place))
+    nfscale(command, *arguments, "--json", str(place))
     return json.loads(place.read_text())
 
 
-def _nfscale(*arguments: str) -> None:
+def nfscale(*arguments: str) -> None:
+    """Run a command as a user does; one that fails ends the pipeline."""
     subprocess.run([sys.executable, "-m", "nfscale", *arguments], check=True)
 
 

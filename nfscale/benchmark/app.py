@@ -6,11 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nfscale.benchmark import driver, encode, esgd, fit, gpu, step, store
+from nfscale.benchmark import driver, encode, esgd, fit, gpu, step, store, stream
 from nfscale.benchmark.timing import machine
 
 DESCRIPTION = "Ratios measured side by side in one run: interleaved, medians and minima."
-BENCHMARKS = {"step": step, "esgd": esgd, "fit": fit, "encode": encode, "driver": driver, "gpu": gpu, "store": store}
+BENCHMARKS = {
+    "step": step,
+    "esgd": esgd,
+    "fit": fit,
+    "encode": encode,
+    "driver": driver,
+    "gpu": gpu,
+    "store": store,
+    "stream": stream,
+}
 """Modules with `HELP`, `add_arguments(parser)` and `run(arguments) -> rows of figures`, which they also print."""
 
 

@@ -180,7 +180,7 @@ def _commands(share: Share) -> dict[str, Callable[..., Any]]:
     def peak_bytes() -> int | None:
         if (own := getattr(method, "peak_bytes", None)) is not None and device.type == "cuda":
             return own()
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()
         return None if peak is None or before is None else max(0, peak - before)
 
     return {
@@ -202,10 +202,11 @@ def _begin_counting(device: torch.device) -> int | None:
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
     except OSError:
         return None
-    return _peak_resident()
+    return peak_resident()
 
 
-def _peak_resident() -> int | None:
+def peak_resident() -> int | None:
+    """Bytes that this process has held at most; None where the system does not say."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

@@ -19,7 +19,10 @@ def classify(
     reader: Annotated[
         str, typer.Option(help="What reads the weights: mlp, tokens or equivariant; commas for several.")
     ] = "mlp",
-    folds: Annotated[int, typer.Option(help="Splits by id; every row is tested once.", min=2, max=20)] = 5,
+    folds: Annotated[
+        int,
+        typer.Option(help="Splits by id; every row is tested once. 1: the table's own test rows alone.", min=1, max=20),
+    ] = 5,
     epochs: Annotated[float, typer.Option(help="Times the epochs that each reader usually takes.", min=0.01)] = 1.0,
     seed: Annotated[int, typer.Option(help="Of splits and models.")] = 0,
     track: Annotated[bool, typer.Option(help="Log the figures to MLflow.")] = True,
@@ -59,6 +62,7 @@ def classify(
 
     found = {one.reader: one for one in classified(subject, wanted, folds, seed, epochs, told)}
     figures: dict[str, Any] = {"run": run, "rows": len(subject), "classes": len(subject.labels), "folds": folds}
+    figures["tested"] = found[readers[0]].rows
     figures |= _accuracy("weights", found[readers[0]]) | {"weights_reader": readers[0]}
     figures |= _accuracy("probe", found["probe"]) | _accuracy("pixel", found.get(PIXELS))
     figures["pixel_missing"] = missing

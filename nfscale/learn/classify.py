@@ -1,7 +1,8 @@
 """Classifiers of fields and of the data they were fitted to, on the same splits.
 
 Rows are cut into folds by their ids; each fold is tested once by models trained on the others, and all predictions are
-pooled: every row counts once, and the interval is that of one proportion.
+pooled: every row counts once, and the interval is that of one proportion. Or the table's own `test` rows are tested by
+models trained on all others, as published accuracies are.
 """
 
 import math
@@ -60,6 +61,7 @@ def classify(
     """Train and test each reader on each fold; `pixels` among the readers is an MLP on the original data.
 
     Args:
+        folds: 1: the table's own split.
         epochs_scale: of the epochs that each reader usually trains for.
         progress: told (reader, fold, accuracy on it) as folds are done.
 
@@ -70,7 +72,7 @@ def classify(
     if unknown := set(readers) - {*READERS, PIXELS}:
         raise CallerError(f"unknown readers {sorted(unknown)}; known: {', '.join([*READERS, PIXELS])}")
     labelled = (subject.ranks >= 0).nonzero().flatten()
-    fold = subject.fold(seed, folds)[labelled]
+    fold = (_own_split(subject) if folds == 1 else subject.fold(seed, folds))[labelled]
     if len(fold.unique()) < folds:
         raise CallerError(f"{len(labelled)} labelled rows are too few for {folds} folds")
     found = []
@@ -88,6 +90,15 @@ def classify(
             progress(name, held, float((predicted == truth).float().mean()))
         found.append(Accuracy(name, int(np.trace(confusion)), int(confusion.sum()), parameters, confusion))
     return found
+
+
+def _own_split(subject: Subject) -> Tensor:
+    """int64 [N]: 0 of rows that the table says are for testing, 1 of others."""
+    fold = torch.tensor([0 if name == "test" else 1 for name in subject.splits])
+    if len(fold.unique()) < 2:
+        names = ", ".join(sorted({name or "none" for name in subject.splits}))
+        raise CallerError(f"{subject.table.folder} has no rows for testing beside others (splits: {names}); use folds")
+    return fold
 
 
 def _fitted(

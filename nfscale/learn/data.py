@@ -6,6 +6,9 @@ all rows is a few bytes each.
 A stream is shuffled twice. The table is cut into pieces of neighbouring rows, which are read in an order drawn anew for
 each epoch; and the rows of several pieces are mixed in a window of `window_rows`. Where neighbours are alike (a dataset
 sorted by label), the pieces of one window come from all over the table, so that batches are mixed all the same.
+
+Weights are copied twice on their way, out of Arrow's memory less theta0 into the window and from there into a batch,
+and the window is one array for a whole epoch: memory that is asked for anew costs more than what is done with it.
 """
 
 from collections import deque
@@ -27,7 +30,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from nfscale.errors import CallerError
 from nfscale.store.run_folder import Commit
 from nfscale.store.schema import OK_STATUSES, ROW_GROUP_ROWS, STATUS
-from nfscale.store.table import WeightsTable
+from nfscale.store.table import WeightsTable, as_matrix, matrices
 
 Transform = Callable[[Tensor], Tensor]
 """Of rows of weights - theta0: float32 [B, P] -> whatever a model takes."""
@@ -91,8 +94,14 @@ class Labels:
 
 def labels_of(table: WeightsTable) -> Labels:
     """The classes of a table. Reads the column of labels alone."""
-    column = pa.chunked_array([batch["label"].unique() for batch in table.dataset().to_batches(columns=["label"])])
-    return Labels(column.unique().to_pylist() if len(column) else [])
+
+    def labels(commit: Commit) -> pa.Array:
+        with pq.ParquetFile(table.file_of(commit)) as opened:  # a scanner takes twice as long over small row groups
+            return opened.read(columns=["label"], use_threads=False)["label"].unique()
+
+    with ThreadPoolExecutor(_READ_AHEAD) as pool:
+        found = list(pool.map(labels, table.commits))
+    return Labels(pa.chunked_array(found).unique().to_pylist() if found else [])
 
 
 ALL_OK = Rows()
@@ -132,10 +141,10 @@ class WeightsMap(Dataset):
     def __getitems__(self, positions: list[int]) -> list[tuple[Tensor, int]]:
         places = self._places[positions]
         if self._mapped is None:
-            weights = self.table.matrix(self.table.rows(places.tolist())["weights"])
+            column = self.table.rows(places.tolist())["weights"]
         else:
-            weights = self.table.matrix(self._mapped["weights"].take(pa.array(places)))
-        rows = torch.from_numpy(_differences(self.table, weights))
+            column = self._mapped["weights"].take(pa.array(places))
+        rows = torch.from_numpy(_differences(self.table, as_matrix(column)))
         rows = rows if self.transform is None else self.transform(rows)
         return list(zip(rows, self._ranks[positions].tolist(), strict=True))
 
@@ -151,13 +160,35 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Read:
-    """Rows as models take them: differences float32 [n, P], class numbers int64 [n]."""
+    """Rows of a piece that the filter lets through: class numbers int64 [n], and weights as they are stored."""
 
-    weights: np.ndarray
+    parts: list[np.ndarray]
+    """float32 or float16 [?, P], together [n, P]."""
     ranks: np.ndarray
 
     def __len__(self) -> int:
         return len(self.ranks)
+
+
+class _Window:
+    """Rows as models take them, in one array that is filled again and again: differences, class numbers."""
+
+    def __init__(self, table: WeightsTable, rows: int) -> None:
+        self._table = table
+        self.weights = np.empty((rows, table.layout.size), dtype=np.float32)
+        self.ranks = np.empty(rows, dtype=np.int64)
+        self.held = 0
+
+    def add(self, read: _Read) -> None:
+        self.ranks[self.held : self.held + len(read)] = read.ranks
+        for part in read.parts:
+            _differences(self._table, part, out=self.weights[self.held : self.held + len(part)])
+            self.held += len(part)
+
+    def keep(self, places: np.ndarray) -> None:
+        """These rows, and room for others."""
+        self.held = len(places)
+        self.weights[: self.held], self.ranks[: self.held] = self.weights[places], self.ranks[places]
 
 
 class WeightsStream(IterableDataset):
@@ -168,8 +199,8 @@ class WeightsStream(IterableDataset):
 
     Args:
         seed: None leaves the rows in the order of the table.
-        window_rows: rows that are mixed with each other, about twice whose weights are held; None: 65,536, or as many
-            as take 256 MiB.
+        window_rows: rows that are mixed with each other, whose weights are held; None: 65,536, or as many as take
+            256 MiB.
         rank, world: this process among those that share the stream.
     """
 
@@ -209,7 +240,7 @@ class WeightsStream(IterableDataset):
         for window, order in self._windows(pieces[part::parts], draw):
             for start in range(0, len(order), self.batch_size):
                 taken = order[start : start + self.batch_size]
-                rows = torch.from_numpy(window.weights[taken])
+                rows = torch.from_numpy(window.weights.take(taken, axis=0))
                 yield rows if self.transform is None else self.transform(rows), torch.from_numpy(window.ranks[taken])
 
     def _pieces(self) -> list[_Piece]:
@@ -221,23 +252,21 @@ class WeightsStream(IterableDataset):
             pieces += [_Piece(commit, at, min(at + at_once, groups)) for at in range(0, groups, at_once)]
         return pieces
 
-    def _windows(self, pieces: list[_Piece], draw: np.random.Generator | None) -> Iterator[tuple[_Read, np.ndarray]]:
+    def _windows(self, pieces: list[_Piece], draw: np.random.Generator | None) -> Iterator[tuple[_Window, np.ndarray]]:
         """Rows of several pieces and the order in which to take them; what does not fill a batch begins the next."""
-        parts: list[_Read] = []
-        held = 0
+        room = max(self.window_rows, self.batch_size) + _PIECE_ROWS
+        window = _Window(self.table, min(room, len(self.table)))
         with ThreadPoolExecutor(_READ_AHEAD) as pool:
             for number, read in enumerate(_ahead(pool, self._read, pieces), 1):
-                parts.append(read)
-                held += len(read)
+                window.add(read)
                 is_last = number == len(pieces)
-                if held < self.window_rows and not is_last:
+                if window.held < self.window_rows and not is_last:
                     continue
-                window = _Read(np.concatenate([p.weights for p in parts]), np.concatenate([p.ranks for p in parts]))
+                held = window.held
                 order = np.arange(held) if draw is None else draw.permutation(held)
                 whole = held if is_last else held - held % self.batch_size
                 yield window, order[:whole]
-                rest = order[whole:]
-                parts, held = [_Read(window.weights[rest], window.ranks[rest])], len(rest)
+                window.keep(order[whole:])
 
     def _read(self, piece: _Piece) -> _Read:
         commit = self.table.commits[piece.commit]
@@ -245,18 +274,22 @@ class WeightsStream(IterableDataset):
         with pq.ParquetFile(self.table.file_of(commit)) as opened:
             groups = list(range(piece.first, piece.last))
             read = opened.read_row_groups(groups, columns=["weights", "label", *asked], use_threads=False)
-        weights = _differences(self.table, self.table.matrix(read["weights"]))
         ranks = self.labels.ranks(read["label"])
-        if asked:  # in one chunk: a filter costs much for each of a file's small ones
-            keys = read.select(asked).append_column("place", pa.array(np.arange(len(read)))).combine_chunks()
-            places = keys.filter(self.rows.expression)["place"].to_numpy()
-            weights, ranks = weights[places], ranks[places]
-        return _Read(weights, ranks)
+        if not asked:
+            return _Read(matrices(read["weights"]), ranks)
+        # in one chunk: a filter costs much for each of a file's small ones
+        keys = read.select(asked).append_column("place", pa.array(np.arange(len(read)))).combine_chunks()
+        places = keys.filter(self.rows.expression)["place"].to_numpy()
+        return _Read([as_matrix(read["weights"])[places]], ranks[places])
 
 
-def _differences(table: WeightsTable, weights: np.ndarray) -> np.ndarray:
-    """Weights - theta0: [B, P] -> [B, P]; the weights themselves where fields share no start."""
-    return weights if table.theta0 is None else weights - table.theta0
+def _differences(table: WeightsTable, stored: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Weights - theta0 of weights as they are stored: [B, P] -> float32 [B, P], into `out` if there is one.
+
+    The weights themselves where fields share no start; and what `store.dtype=delta_float16` stores, as it is.
+    """
+    theta0 = None if table.plan.dtype == "delta_float16" else table.theta0
+    return np.subtract(stored, np.float32(0) if theta0 is None else theta0, out=out, dtype=np.float32)
 
 
 def _ahead(pool: ThreadPoolExecutor, read: Callable[[_Piece], _Read], pieces: list[_Piece]) -> Iterator[_Read]:

@@ -332,9 +332,14 @@ def alike(data: list[Any]) -> Any:
 
 def as_matrix(column: pa.ChunkedArray) -> np.ndarray:
     """A column of weights as it is stored: float32 or float16 [rows, P]."""
+    chunks = matrices(column)
+    return np.concatenate(chunks) if chunks else np.empty((0, column.type.list_size), dtype=np.float32)
+
+
+def matrices(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """The same chunk by chunk, in Arrow's own memory, which is not to be written to."""
     size = column.type.list_size
-    chunks = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, size) for chunk in column.chunks]
-    return np.concatenate(chunks) if chunks else np.empty((0, size), dtype=np.float32)
+    return [chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, size) for chunk in column.chunks]
 
 
 def as_array(content: Any) -> np.ndarray:

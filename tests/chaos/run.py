@@ -488,7 +488,7 @@ def main() -> int:
             options.json.write_text(json.dumps(figures, indent=1) + "\n")
         print_report(figures)
     finally:
-        if figures["ok"] and not options.keep:
+        if figures["ok"] and not figures["drivers_crashed"] and not options.keep:
             shutil.rmtree(folder, ignore_errors=True)
         else:
             print(f"logs are in {folder}")

@@ -9,15 +9,18 @@ import pyarrow as pa
 from nfscale.encode import make_plan
 from nfscale.store import WeightsTable, open_weights
 from nfscale.store.run_folder import RunFolder
+from nfscale.store.schema import StoreDtype, stored
 from nfscale.store.writer import write_run
 from tests.jobs import tiny_job
 
 SPLITS = ("train", "train", "train", "validation", "test")
 
 
-def made_table(place: Path, rows: int, shard_rows: int = 100, spread: float = 0.05, classes: int = 3) -> WeightsTable:
+def made_table(
+    place: Path, rows: int, shard_rows: int = 100, spread: float = 0.05, classes: int = 3, dtype: StoreDtype = "float32"
+) -> WeightsTable:
     """Rows theta0 + noise around a direction per class, in the layout of a tiny job; index i has label i % classes."""
-    plan = replace(make_plan(tiny_job(place)), data_count=rows, shard_fields=shard_rows)
+    plan = replace(make_plan(tiny_job(place, f"store.dtype={dtype}")), data_count=rows, shard_fields=shard_rows)
     draw = np.random.default_rng(0)
     size = plan.layout.size
     towards = draw.standard_normal((classes, size)).astype(np.float32)
@@ -28,7 +31,7 @@ def made_table(place: Path, rows: int, shard_rows: int = 100, spread: float = 0.
             index = np.arange(start, start + count)
             noise = draw.standard_normal((count, size), dtype=np.float32)
             weights = plan.theta0 + spread * (towards[index % classes] + noise)
-            yield rows_of(plan.table_schema(), index, index % classes, weights)
+            yield rows_of(plan.table_schema(), index, index % classes, stored(weights, dtype, plan.theta0))
 
     write_run(RunFolder(place), plan, tables())
     return open_weights(place)
@@ -43,7 +46,7 @@ def rows_of(schema: pa.Schema, index: np.ndarray, label: np.ndarray, weights: np
         "split": pa.array([SPLITS[i % len(SPLITS)] for i in index]).dictionary_encode(),
         "label": label,
         "weights": pa.FixedSizeListArray.from_arrays(
-            pa.array(weights.astype(np.float32).ravel()), type=schema.field("weights").type
+            pa.array(weights.ravel(), schema.field("weights").type.value_type), type=schema.field("weights").type
         ),
         "status": pa.array(["diverged" if i % 50 == 49 else "max_steps" for i in index]).dictionary_encode(),
         "quality": index.astype(np.float32),

@@ -29,6 +29,18 @@ def test_a_reader_learns_classes_that_are_apart(subject, reader):
     assert low < found.value <= high
 
 
+def test_one_fold_is_the_tables_own_test_split(subject):
+    (found,) = classify(subject, ["mlp"], folds=1, epochs_scale=0.4)
+    assert found.rows == sum(name == "test" for name in subject.splits) == 54
+    assert found.value > 0.9
+    wrong = torch.where(torch.tensor([name == "test" for name in subject.splits]), subject.ranks, 0)
+    (unseen,) = classify(Subject(**vars(subject) | {"ranks": wrong}), ["mlp"], folds=1, epochs_scale=0.4)
+    assert unseen.confusion[:, 1:].sum() == 0, "no model has seen a test row"
+    for splits in ([None] * len(subject), ["test"] * len(subject)):
+        with pytest.raises(CallerError, match="no rows for testing beside others"):
+            classify(Subject(**vars(subject) | {"splits": splits}), ["mlp"], folds=1)
+
+
 def test_labels_without_a_meaning_are_at_chance(subject):
     shuffled = torch.from_numpy(np.random.default_rng(0).permutation(subject.ranks.numpy()))
     (found,) = classify(Subject(**vars(subject) | {"ranks": shuffled}), ["mlp"], folds=2, epochs_scale=0.3)

@@ -63,6 +63,19 @@ def test_without_a_seed_a_stream_keeps_the_order_and_fills_its_batches(table):
     assert np.array_equal(gathered(batches)[1], labels)
 
 
+@pytest.mark.parametrize(("dtype", "off"), [("float16", 0.0), ("delta_float16", 1e-6)])
+def test_half_precision_is_read_as_float32(tmp_path, dtype, off):
+    """Differences that are stored come as they are; those of restored weights are off by their rounding."""
+    half = made_table(tmp_path / "run", 150, dtype=dtype)
+    weights = expected(half, np.flatnonzero(ok(np.arange(150))))[0]
+    (streamed, _), mapped = gathered(WeightsStream(half, 64, seed=None)), WeightsMap(half)
+    assert streamed.dtype == np.float32
+    assert np.abs(streamed - weights).max() <= off
+    assert np.array_equal(torch.stack([row for row, _ in mapped]).numpy(), streamed)
+    if dtype == "delta_float16":
+        assert np.array_equal(streamed.astype(np.float16), streamed)
+
+
 def test_a_stream_mixes_neighbours(table):
     """Labels of a sorted table come mixed: here position in the stream against index."""
     places = {row.tobytes(): at for at, row in enumerate(expected(table, np.arange(ROWS))[0])}
