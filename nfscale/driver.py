@@ -113,13 +113,14 @@ def open_run(job: EncodeJob, device: str = "cpu") -> tuple[RunFolder, Plan]:
     if planned:
         plan = folder.plan()
         folder.refuse_other(plan, job.fingerprint(ids_digest(job.open_dataset().ids)), job.model_dump(mode="json"))
+        folder.keep_steps(job.read_steps())  # if the first start ended before it did
         folder.refuse_missing_files()
         if folder.is_complete and sum(commit.rows for commit in folder.commits()) < plan.data_count:
             folder.unfinish()  # commits were removed since: their data are fitted again
         return folder, plan
     plan = make_plan(job, device)
     try:
-        return folder, folder.freeze(plan)
+        return folder, folder.freeze(plan, job.read_steps())
     except OSError as error:
         raise CallerError(f"cannot write the output {job.output!r}: {error.strerror or error}") from error
 

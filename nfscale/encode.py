@@ -100,6 +100,10 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
         raise CallerError("the dataset is empty")
     digest, blocks = ids_digest(data.ids), job.counted_blocks(data)
     dataset = job.blocks_of(data, blocks)
+    if (steps := job.read_steps()) is not None and steps.keys().isdisjoint(dataset.ids):
+        raise CallerError(
+            f"fit.step_plan: {job.fit.step_plan!r} names none of the {len(dataset.ids)} data of this dataset"
+        )
     probed = _probed(job, dataset)
     signal = probed.signal
     fingerprint = job.fingerprint(digest)
@@ -316,6 +320,11 @@ class OpenRun:
         every = self.job.optimizer.update_every
         return Calibration(torch.from_numpy(diagonal.copy()), torch.from_numpy(step_rms.copy()), every)
 
+    @cached_property
+    def steps(self) -> dict[str, int] | None:
+        """The job's step plan, if it has one."""
+        return None if self.job.fit.step_plan is None else self.folder.steps()
+
     def fits(
         self, data: Iterator[tuple[str, Samples]], *, stop: Stop | None = None, resume: Snapshot | None = None
     ) -> Iterator[Fitted | Check]:
@@ -336,6 +345,7 @@ class OpenRun:
             step=job.fit.step,
             clock=time.perf_counter,
             resume=resume,
+            step_plan=self.steps,
         )
 
 

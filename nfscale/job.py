@@ -32,7 +32,7 @@ from nfscale.datasets import DATASETS
 from nfscale.datasets.base import Dataset, Opener, Repeated, open_limited
 from nfscale.datasets.tiled import Runs, Tiled, counted
 from nfscale.engine.learned import LEARNERS
-from nfscale.engine.loop import LADDER_IS_NO_PLATEAU
+from nfscale.engine.loop import LADDER_AND_PLAN, LADDER_IS_NO_PLATEAU
 from nfscale.engine.problem import unsolvable
 from nfscale.engine.result import Stop
 from nfscale.engine.sampling import Sampling
@@ -55,6 +55,7 @@ from nfscale.optim import (
 )
 from nfscale.signals import SIGNALS, samples_per_axis
 from nfscale.signals.tiles import Gridded, Tile
+from nfscale.store import step_plan
 from nfscale.store.schema import StoreDtype
 
 FORMAT_VERSION = 1
@@ -149,6 +150,9 @@ class FitSection(_Section):
     first_steps: PositiveInt | None = None
     """A ladder of budgets: the schedule ends after so many steps, and a field that has missed its target goes on from
     its best params with the rest of one of twice the length, and so on up to `max_steps`. null: one of `max_steps`."""
+    step_plan: str | None = None
+    """A file of steps by datum, a path or URI, as `nfscale estimate --budget` writes it: of a field's schedule, and at
+    most, in place of `max_steps`, which holds for data that are not in it."""
     batch: PositiveInt | Literal["auto"] = "auto"
     step: Literal["auto", "plain", "torch", "native", "fused"] = "auto"
     """plain: autograd; torch: without autograd; native: C++, on a CPU; fused: Triton, on a GPU; auto: the fastest that
@@ -165,6 +169,8 @@ class FitSection(_Section):
                 )
             if self.plateau_checks is not None:
                 raise ValueError(LADDER_IS_NO_PLATEAU)
+            if self.step_plan is not None:
+                raise ValueError(LADDER_AND_PLAN)
         if self.sampling == "error" and self.samples == "full":
             raise ValueError(
                 "fit.sampling=error chooses what a step takes, and fit.samples=full takes all; give a number"
@@ -339,6 +345,23 @@ class EncodeJob(_Section):
         """Of blocks, for readers without nfscale; empty where data are not cut."""
         return {} if self.tile is None else {"tile": self._possible_signal().tile_description(self.tile)}
 
+    def read_steps(self) -> dict[str, int] | None:
+        """The step plan, if the job has one: steps by datum's id.
+
+        Raises:
+            CallerError: if there is no such file, or what it says does not go with the job.
+        """
+        if self.fit.step_plan is None:
+            return None
+        steps, cadence = step_plan.read(self.fit.step_plan), self.fit.stop().cadence
+        for datum_id, count in steps.items():
+            if count < 1 or count % cadence:
+                raise CallerError(
+                    f"fit.step_plan: {self.fit.step_plan!r} gives {datum_id!r} {count} steps, which is no multiple of "
+                    f"fit.check_every={cadence}; use the check_every it was made for, or make it again"
+                )
+        return steps
+
     def open_dataset(self) -> Dataset:
         """The dataset with its limit and its repeats applied; whole data, where they are to be cut."""
         dataset = open_limited(self.dataset.opener(self.signal.kind), self.dataset.limit, self.seed)
@@ -447,6 +470,9 @@ class EncodeJob(_Section):
             decides.pop("learning")
         if self.fit.first_steps is None:
             decides["fit"].pop("first_steps")
+        decides["fit"].pop("step_plan")
+        if (steps := self.read_steps()) is not None:
+            decides["fit"]["steps"] = step_plan.digest(steps)
         for name in ("batch", "step"):
             decides["fit"].pop(name)
         if self.tile is None:

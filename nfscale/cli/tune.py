@@ -49,6 +49,8 @@ def tune(
     console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
     if job.tile is not None:
         raise CallerError("tune draws whole data, and this job cuts them (signal.tile); tune a job on smaller data")
+    if job.fit.step_plan is not None:
+        raise CallerError("tune chooses one length of all fields, and this job has a step plan; use fit.step_plan=null")
     positions = seeded_sample(job.open_dataset().ids, _DATA, seed, "tune")
     settings = job.model_dump(mode="json", exclude_none=True)
     device, devices = here()

@@ -167,13 +167,13 @@ def _guard(root: Path) -> str:
 
 def _refuse_relative_data(job: EncodeJob, working_dir: Path | None) -> None:
     section = job.dataset.model_dump()
-    named = {"path": section.get("path")}
+    named = {"dataset.path": section.get("path"), "fit.step_plan": job.fit.step_plan}
     if section["kind"] == "folder" and section.get("label_from") != "parent":
-        named["label_from"] = section.get("label_from")
+        named["dataset.label_from"] = section.get("label_from")
     for key, value in named.items():
         if isinstance(value, str) and not is_uri(value) and not Path(value).is_absolute() and working_dir is None:
             raise CallerError(
-                f"dataset.{key} {value!r} is relative, and only the job file is sent; give an absolute path that all "
+                f"{key} {value!r} is relative, and only the job file is sent; give an absolute path that all "
                 "nodes share, a URI, or --working-dir with the folder it is in"
             )
 

@@ -36,6 +36,8 @@ class Slot:
     seed: int
     source: Source | None = None
     """Where the datum's samples stay, if they are not in the batch."""
+    max_steps: int | None = None
+    """Of a step plan: at most, and of its schedule; None: those of all."""
     restarts: int = 0
     step: int = 0
     wall_seconds: float = 0.0
@@ -56,7 +58,7 @@ class Slot:
 
     def restarted(self) -> "Slot":
         """The same datum before its first step, one restart later."""
-        return Slot(self.id, self.seed, self.source, self.restarts + 1, wall_seconds=self.wall_seconds)
+        return Slot(self.id, self.seed, self.source, self.max_steps, self.restarts + 1, wall_seconds=self.wall_seconds)
 
 
 class Batch:
@@ -85,7 +87,16 @@ class Batch:
         self.best_rows = rows.clone()
         self.steps = torch.zeros(len(slots), dtype=torch.int64, device=rows.device)
         self.rate = torch.ones(len(slots), dtype=torch.float32, device=rows.device)
+        self.lengths = self._lengths()
+        """int64 [F]: steps of each field's own schedule, where a step plan gives them."""
         self.state = self._begun(rows)
+
+    def _lengths(self) -> Tensor | None:
+        planned = [None if slot is None else slot.max_steps for slot in self.slots]
+        there = next((length for length in planned if length is not None), None)
+        if there is None:
+            return None
+        return torch.tensor([length or there for length in planned], device=self.rows.device)
 
     def _begun(self, rows: Tensor) -> State:
         """The state of fields that have had no step."""
@@ -168,6 +179,7 @@ class Batch:
                 self.rate,
                 count=count,
                 fields=self.occupied,
+                lengths=self.lengths,
             )
             self.steps += count
             return
@@ -180,7 +192,7 @@ class Batch:
             part = training_samples(self.signal, self.presented, drawn, self.seeds, self.steps)
             if isinstance(self.optimizer, Solver):
                 problem = FieldProblem(self.field, self.signal, part, self.step)
-                extra = Extra(self.steps, self.rate)
+                extra = Extra(self.steps, self.rate, length=self.lengths)
                 self.rows, self.state = self.optimizer.solve(problem, self.rows, self.state, extra)
                 self.steps += 1
                 continue
@@ -194,7 +206,7 @@ class Batch:
                 _, grads = self.step.gradient(self.field, self.signal, self.rows, part)
             if "diagonal" in self.optimizer.needs and comes_round:
                 diagonal, step_rms = self._shared_curvature()
-            extra = Extra(self.steps, self.rate, hv, wanted, diagonal, step_rms, signs, comes_round)
+            extra = Extra(self.steps, self.rate, hv, wanted, diagonal, step_rms, signs, comes_round, self.lengths)
             updates, self.state = self.optimizer.update(self._params(grads), self.state, self._params(self.rows), extra)
             self.rows += self._rows(updates)
             self.steps += 1
@@ -229,6 +241,8 @@ class Batch:
         self.best_rows[index] = row
         self.steps[index] = 0
         self.rate[index] = slot.rate
+        if self.lengths is not None and slot.max_steps is not None:
+            self.lengths[index] = slot.max_steps
         fresh = self._begun(self.rows[index : index + 1])
         _assign(self.state, fresh, index)
 
@@ -238,6 +252,7 @@ class Batch:
         self.samples = self.samples.map(lambda tensor: tensor[indices])
         self.presented = self.presented.map(lambda t: t[indices]) if self.sampler.selects else self.samples
         self.seeds, self.steps, self.rate = self.seeds[indices], self.steps[indices], self.rate[indices]
+        self.lengths = None if self.lengths is None else self.lengths[indices]
         self.state = _pick(self.state, indices)
         self.slots = [self.slots[index] for index in indices]
 

@@ -278,6 +278,7 @@ def fused_steps(
     rate: Tensor,
     count: int,
     fields: list[int],
+    lengths: Tensor | None = None,
     precision: Precision | None = None,
 ) -> None:
     """`count` steps of some fields of a batch, in place: see `native.native_steps`.
@@ -286,7 +287,7 @@ def fused_steps(
     """
     assert rows.is_contiguous(), "the kernels change rows where they are"
     problem = _Problem(field, samples, sampler, precision)
-    updates = updates_of(optimizer, calibration, state, steps, rate, count)
+    updates = updates_of(optimizer, calibration, state, steps, rate, count, lengths)
     moving = torch.tensor(fields, dtype=torch.int64, device=rows.device)
     with problem.on_device():
         if problem.chunks == 1:

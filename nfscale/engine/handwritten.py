@@ -111,6 +111,7 @@ def handwritten_steps(
     rate: Tensor,
     count: int,
     fields: list[int],
+    lengths: Tensor | None = None,
 ) -> None:
     """`count` steps of some fields of a batch, in place; arguments as those of `native.native_steps`."""
     taken = sampler.available if sampler.is_full else sampler.per_step
@@ -122,7 +123,7 @@ def handwritten_steps(
         plan.pack(rows[index], passes.rows)
         own = _taken(samples, index)
         words = None if probes is None else probes[index]
-        update = update_of(optimizer, calibration, passes, state, index, steps, rate, count, words)
+        update = update_of(optimizer, calibration, passes, state, index, steps, rate, count, words, lengths)
         drawn = None if sampler.is_full else _Drawn(sampler, own, seeds[index], steps[index], count)
         if drawn is None:
             passes.load(*own)

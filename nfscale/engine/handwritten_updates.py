@@ -5,7 +5,7 @@ step has of its own (its size, its corrections) is reckoned for all steps at onc
 one number per field.
 """
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,17 @@ class Update(Protocol):
         ...
 
 
+class _Pace(NamedTuple):
+    """What decides the sizes of the steps of a chunk of k fields, as optimisers take it."""
+
+    every: Tensor
+    """int64 [k, count]: updates before each step."""
+    rate: Tensor
+    """float32 [k, 1]"""
+    length: Tensor | None
+    """int64 [k, 1], see `Extra`."""
+
+
 def knows(optimizer: Optimizer | Solver) -> bool:
     """Whether there is an update of this optimiser here; a subclass may do something else."""
     return type(optimizer) in (Adam, ESGD)
@@ -57,22 +68,23 @@ def update_of(
     rate: Tensor,
     count: int,
     words: Tensor | None,
+    lengths: Tensor | None = None,
 ) -> Update:
-    """The update for `count` steps of the fields `index` [k] of a batch, whose state, steps and rate these are.
+    """The update for `count` steps of the fields `index` [k] of a batch, whose state, steps and so on these are.
 
     Args:
         words: int64 [k, U, P / 32], as `probe_words` draws them.
     """
     every = steps[index, None] + torch.arange(count, device=steps.device)
-    rate = rate[index, None]
+    pace = _Pace(every, rate[index, None], None if lengths is None else lengths[index, None])
     if isinstance(optimizer, Adam):
-        return _Adam(optimizer, passes, state, index, every, rate)
+        return _Adam(optimizer, passes, state, index, pace)
     assert isinstance(optimizer, ESGD), "the dispatcher leaves other optimisers to the plain update"
     if optimizer.curvature == "shared":
         assert calibration is not None, "fit() refuses an optimiser that lacks its calibration"
-        return _Shared(optimizer, passes, state, index, every, rate, calibration)
+        return _Shared(optimizer, passes, state, index, pace, calibration)
     assert words is not None
-    return _PerField(optimizer, passes, state, index, every, rate, words)
+    return _PerField(optimizer, passes, state, index, pace, words)
 
 
 def _by_step(values: Tensor) -> Tensor:
@@ -108,12 +120,10 @@ class _Moments:
 
 
 class _Adam(_Moments):
-    def __init__(
-        self, optimizer: Adam, passes: Passes, state: State, index: Tensor, every: Tensor, rate: Tensor
-    ) -> None:
+    def __init__(self, optimizer: Adam, passes: Passes, state: State, index: Tensor, pace: _Pace) -> None:
         super().__init__(passes, state, index, ("mean", "square"))
         self._optimizer = optimizer
-        step_size, correction = optimizer.step_sizes(every, rate)
+        step_size, correction = optimizer.step_sizes(*pace)
         step_size = step_size.clamp(min=_SMALLEST_STEP)
         # size m / (sqrt(v) / correction + epsilon) as m / (scale sqrt(v) + floor)
         self._scale = _by_step(1 / (correction * step_size))
@@ -131,13 +141,11 @@ class _Adam(_Moments):
 class _Preconditioned(_Moments):
     """m / (D + damping), where `inverse` is 1 / (D + damping)."""
 
-    def __init__(
-        self, optimizer: ESGD, passes: Passes, state: State, index: Tensor, every: Tensor, rate: Tensor
-    ) -> None:
+    def __init__(self, optimizer: ESGD, passes: Passes, state: State, index: Tensor, pace: _Pace) -> None:
         super().__init__(passes, state, index, ("momentum",))
-        self.optimizer, self.every = optimizer, every
-        self.step_size = _by_step(-optimizer.step_size(every, rate) / optimizer.correction(every))
-        self.correction = _by_step(optimizer.correction(every))
+        self.optimizer, self.every = optimizer, pace.every
+        self.step_size = _by_step(-optimizer.step_size(*pace) / optimizer.correction(pace.every))
+        self.correction = _by_step(optimizer.correction(pace.every))
         self.inverse, self.direction = torch.zeros_like(passes.rows), torch.empty_like(passes.rows)
 
     def move(self, step_size: Tensor) -> None:
@@ -158,11 +166,10 @@ class _Shared(_Preconditioned):
         passes: Passes,
         state: State,
         index: Tensor,
-        every: Tensor,
-        rate: Tensor,
+        pace: _Pace,
         calibration: "Calibration",
     ) -> None:
-        super().__init__(optimizer, passes, state, index, every, rate)
+        super().__init__(optimizer, passes, state, index, pace)
         self._calibration = calibration
         self._root_of_size = passes.plan.field.layout.size**0.5
         self._longest = torch.empty(0)
@@ -192,13 +199,12 @@ class _PerField(_Preconditioned):
         passes: Passes,
         state: State,
         index: Tensor,
-        every: Tensor,
-        rate: Tensor,
+        pace: _Pace,
         words: Tensor,
     ) -> None:
-        super().__init__(optimizer, passes, state, index, every, rate)
+        super().__init__(optimizer, passes, state, index, pace)
         self._words, self._square = words, self._taken(_only(state["square"])[index])
-        self._probes, self._counted = state["probes"][index], optimizer.wants_curvature(every)
+        self._probes, self._counted = state["probes"][index], optimizer.wants_curvature(pace.every)
         if not self.wants_products(0):
             self._invert()
 

@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, ParamSpec, get_args
@@ -47,6 +47,12 @@ SELECTS_WITHOUT_CHECK = (
 
 LADDER_IS_NO_PLATEAU = (
     "each budget of a ladder (first_steps) begins with a loss of quality, which plateau_checks take for a plateau; "
+    "use one of the two"
+)
+
+
+LADDER_AND_PLAN = (
+    "a step plan gives each field a schedule of its own length, and a ladder (first_steps) gives all of them several; "
     "use one of the two"
 )
 
@@ -89,6 +95,7 @@ def fit_and_checks(
     clock: Callable[[], float] | None = None,
     observe: Callable[[Check], None] | None = None,
     resume: Snapshot | None = None,
+    step_plan: Mapping[str, int] | None = None,
 ) -> Iterator[Fitted | Check]:
     """Fit one field to each datum; fields come out in the order in which they finish, and among them each check.
 
@@ -108,12 +115,16 @@ def fit_and_checks(
         clock: seconds, for `wall_seconds`; without one they stay 0.
         observe: called after each check.
         resume: fields that go on from where a check had them; data that are not among them start as ever.
+        step_plan: steps by the datum's id, of the field's own schedule and at most, in place of `stop.max_steps`, which
+            holds for data that are not in it. Multiples of `stop.check_every`.
 
     Raises:
         ValueError: if the optimiser needs a calibration and none is given, the step cannot serve what it is given,
             a solver cannot (for the sizes of the data, once they are read), or a number is out of its range.
     """
     _refuse_bad(optimizer, stop, samples, sampling, batch)
+    if step_plan is not None:
+        _refuse_plan(step_plan, optimizer, stop)
     if isinstance(optimizer, Solver):
         _refuse_unsolvable(optimizer, field, signal, samples)
     if "diagonal" in optimizer.needs and calibration is None:
@@ -135,6 +146,7 @@ def fit_and_checks(
         clock=clock or (lambda: 0.0),
         observe=observe or (lambda check: None),
         resume=resume,
+        step_plan=step_plan,
         capacities={},
     )
     return loop.run_all(_Queue(data))
@@ -178,9 +190,7 @@ def _refuse_bad(
     for name, value in (("samples", samples), ("batch", batch)):
         if not isinstance(value, str) and value < 1:
             raise ValueError(f"{name} is at least 1, got {value}")
-    every = getattr(optimizer, "update_every", 1)
-    if optimizer.needs & {"hv", "cadence"} and stop.max_steps > stop.cadence and stop.cadence % every:
-        raise ValueError(f"check_every={stop.check_every} is not a multiple of the optimiser's update_every={every}")
+    _refuse_cadence(optimizer, stop, stop.max_steps)
     first = optimizer.schedule.first_steps if isinstance(optimizer, Scheduled) else None
     if first is None:
         return
@@ -188,6 +198,23 @@ def _refuse_bad(
         raise ValueError(f"the schedule's first_steps={first} is not a multiple of check_every={stop.check_every}")
     if stop.plateau_checks is not None:
         raise ValueError(LADDER_IS_NO_PLATEAU)
+
+
+def _refuse_cadence(optimizer: Optimizer | Solver, stop: Stop, max_steps: int) -> None:
+    every = getattr(optimizer, "update_every", 1)
+    if optimizer.needs & {"hv", "cadence"} and max_steps > stop.cadence and stop.cadence % every:
+        raise ValueError(f"check_every={stop.check_every} is not a multiple of the optimiser's update_every={every}")
+
+
+def _refuse_plan(step_plan: Mapping[str, int], optimizer: Optimizer | Solver, stop: Stop) -> None:
+    _refuse_cadence(optimizer, stop, max(step_plan.values(), default=0))
+    if isinstance(optimizer, Scheduled) and optimizer.schedule.first_steps is not None:
+        raise ValueError(LADDER_AND_PLAN)
+    for datum_id, steps in step_plan.items():
+        if steps < 1 or steps % stop.cadence:
+            raise ValueError(
+                f"the step plan gives {datum_id!r} {steps} steps, which is no multiple of check_every={stop.cadence}"
+            )
 
 
 def _shared_start(
@@ -260,6 +287,7 @@ class _Loop:
     clock: Callable[[], float]
     observe: Callable[[Check], None]
     resume: Snapshot | None
+    step_plan: Mapping[str, int] | None
     capacities: dict[Kind, int]
     """Slots by kind of data, once they are known; fewer where those turned out to be too many."""
 
@@ -358,9 +386,7 @@ class _Loop:
         return self._batch_of(taken, sampler)
 
     def _batch_of(self, data: list[tuple[str, Samples]], sampler: Sampler) -> Batch:
-        slots: list[Slot | None] = [
-            Slot(datum_id, datum_seed(self.seed, datum_id), samples.source) for datum_id, samples in data
-        ]
+        slots: list[Slot | None] = [self._slot(datum_id, samples) for datum_id, samples in data]
         idle = max(0, MINIMUM_SLOTS - len(data))
         slots += [None] * idle
         data = data + data[:1] * idle
@@ -376,6 +402,11 @@ class _Loop:
             slots=slots,
             step=self.step,
         )
+
+    def _slot(self, datum_id: str, samples: Samples) -> Slot:
+        """The record of a datum before its first step."""
+        max_steps = None if self.step_plan is None else self.step_plan.get(datum_id, self.stop.max_steps)
+        return Slot(datum_id, datum_seed(self.seed, datum_id), samples.source, max_steps)
 
     def _capacity(self, datum: tuple[str, Samples], sampler: Sampler) -> int:
         """Slots for data of this one's kind; what a field takes is measured, or estimated where that fails."""
@@ -445,7 +476,7 @@ class _Loop:
         fallen = loss > _FALLEN * slot.best_loss and loss > slot.start_loss / _FALLEN
         if not math.isfinite(loss) or fallen or loss > 2 * slot.start_loss:
             return Result.DIVERGED
-        if slot.step >= self.stop.max_steps:
+        if slot.step >= (slot.max_steps or self.stop.max_steps):
             return Result.MAX_STEPS
         checks = self.stop.plateau_checks
         if checks is not None and len(slot.history_quality) > checks:
@@ -495,8 +526,7 @@ class _Loop:
             if occupant is not None or (datum := queue.take(kind, lookahead)) is None:
                 continue
             datum_id, samples = datum
-            slot = Slot(datum_id, datum_seed(self.seed, datum_id), samples.source)
-            batch.fill(index, slot, self._start_row(datum_id), samples)
+            batch.fill(index, self._slot(datum_id, samples), self._start_row(datum_id), samples)
             filled.append(index)
         return filled
 

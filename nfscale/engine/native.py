@@ -201,6 +201,7 @@ def native_steps(
     rate: Tensor,
     count: int,
     fields: list[int],
+    lengths: Tensor | None = None,
 ) -> None:
     """`count` steps of some fields of a batch, in place: rows [F, P] and the optimiser's state move, `steps` do not.
 
@@ -208,13 +209,14 @@ def native_steps(
         seeds: int64 [F], of the data.
         steps, rate: int64 [F], float32 [F], as in `Extra`, before the first of the steps.
         fields: indices of the fields that move.
+        lengths: int64 [F], as in `Extra`.
     """
     net = _net(field)
     data, kept = _data(samples, net.dimensions, net.channels), []
     data.seeds, data.steps = _address(seeds), _address(steps)
     if not sampler.is_full:
         kept += _draw(data, sampler, seeds, steps)
-    updates = updates_of(optimizer, calibration, state, steps, rate, count)
+    updates = updates_of(optimizer, calibration, state, steps, rate, count, lengths)
     update = _update(updates)
     moving = torch.tensor(fields, dtype=torch.int64)
     threads = torch.get_num_threads()

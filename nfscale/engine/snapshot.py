@@ -47,6 +47,8 @@ def put_back(batch: Batch, index: int, snapshot: Snapshot, place: int) -> None:
     batch.slots[index] = slot
     batch.steps[index] = slot.step
     batch.rate[index] = slot.rate
+    if batch.lengths is not None and slot.max_steps is not None:
+        batch.lengths[index] = slot.max_steps
     ours = {"rows": batch.rows, "best_rows": batch.best_rows} | _flat(batch.state, _STATE)
     if ours.keys() != snapshot.tensors.keys():
         raise ValueError("the snapshot is of another optimiser: " + ", ".join(ours.keys() ^ snapshot.tensors.keys()))

@@ -52,13 +52,20 @@ def knows(optimizer: Optimizer | Solver, with_probes: bool = False) -> bool:
 
 
 def updates_of(
-    optimizer: Optimizer, calibration: "Calibration | None", state: State, steps: Tensor, rate: Tensor, count: int
+    optimizer: Optimizer,
+    calibration: "Calibration | None",
+    state: State,
+    steps: Tensor,
+    rate: Tensor,
+    count: int,
+    lengths: Tensor | None = None,
 ) -> Updates:
-    """The next `count` updates of fields that have had `steps` int64 [F], at `rate` float32 [F]."""
+    """The next `count` updates of fields that have had `steps` int64 [F], at `rate` float32 [F]; `lengths`: `Extra`."""
     index = torch.arange(count, device=steps.device)
     every, rate = steps[:, None] + index, rate[:, None]
+    lengths = None if lengths is None else lengths[:, None]
     if isinstance(optimizer, Adam):
-        step_size, correction = optimizer.step_sizes(every, rate)
+        step_size, correction = optimizer.step_sizes(every, rate, lengths)
         return Updates(
             first=_only(state["mean"]),
             second=_only(state["square"]),
@@ -69,7 +76,7 @@ def updates_of(
             epsilon=optimizer.epsilon,
         )
     assert isinstance(optimizer, ESGD), "the dispatcher leaves other optimisers to torch"
-    step_size, correction = optimizer.step_size(every, rate), optimizer.correction(every)
+    step_size, correction = optimizer.step_size(every, rate, lengths), optimizer.correction(every)
     if optimizer.curvature == "per_field":
         return Updates(
             first=_only(state["momentum"]),

@@ -40,15 +40,15 @@ class Adam:
     def init(self, params: Params) -> State:
         return {"mean": map_params(torch.zeros_like, params), "square": map_params(torch.zeros_like, params)}
 
-    def step_sizes(self, step: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+    def step_sizes(self, step: Tensor, rate: Tensor, length: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Size of the update after `step` updates, and the correction of the root of the square: float32, as `step`."""
         count = step.to(torch.float64) + 1  # float64: see Schedule.factor
-        size = self.learning_rate * self.schedule.factor(step) * rate
+        size = self.learning_rate * self.schedule.factor(step, length) * rate
         step_size = (size / (1 - self.beta1**count)).to(torch.float32)
         return step_size, (1 - self.beta2**count).sqrt().to(torch.float32)
 
     def update(self, grads: Params, state: State, params: Params, extra: Extra) -> tuple[Params, State]:
-        step_size, square_correction = self.step_sizes(extra.step, extra.rate)
+        step_size, square_correction = self.step_sizes(extra.step, extra.rate, extra.length)
         updates = {}
         for name, gradient in grads.items():
             mean, square = state["mean"][name], state["square"][name]

@@ -37,6 +37,8 @@ class Extra:
     refresh: bool = True
     """Whether the step of some field may be a multiple of `update_every`. The host knows it where `needs` has
     "cadence", so that nothing has to wait for the device to find out; which fields these are, `step` says."""
+    length: Tensor | None = None
+    """int64 [F]: steps of each field's own schedule; None: of the optimiser's, for all."""
 
 
 class Optimizer(Protocol):
@@ -89,7 +91,7 @@ def per_field(values: Tensor, like: Tensor) -> Tensor:
 
 def step_size(learning_rate: float, schedule: Schedule, extra: Extra) -> Tensor:
     """The rate of each field's own step: float64 [F], see `Schedule.factor`."""
-    return learning_rate * schedule.factor(extra.step) * extra.rate
+    return learning_rate * schedule.factor(extra.step, extra.length) * extra.rate
 
 
 def began_at_zero(beta: float, count: Tensor) -> Tensor:

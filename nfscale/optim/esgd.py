@@ -116,13 +116,13 @@ class ESGD:
         """Of a momentum that began at zero, at the update after `step` updates: float32, as `step`."""
         return (1 - self.beta1 ** (step.to(torch.float64) + 1)).to(torch.float32)  # see Schedule.factor
 
-    def step_size(self, step: Tensor, rate: Tensor) -> Tensor:
+    def step_size(self, step: Tensor, rate: Tensor, length: Tensor | None = None) -> Tensor:
         """Of the update after `step` updates, where nothing bounds it: float32, as `step`."""
-        return (self.learning_rate * self.schedule.factor(step) * rate).to(torch.float32)
+        return (self.learning_rate * self.schedule.factor(step, length) * rate).to(torch.float32)
 
     def scaled(self, direction: Params, typical_rms: Tensor | None, extra: Extra) -> Params:
         """Updates along the direction: the learning rate, and no longer than `clip` typical steps (RMS [F])."""
-        step_size = self.step_size(extra.step, extra.rate)
+        step_size = self.step_size(extra.step, extra.rate, extra.length)
         if self.clip is not None and typical_rms is not None:
             step_size = step_size * (self.clip * typical_rms / rms_of(direction)).clamp(max=1)
         return map_params(lambda d: d.mul_(per_field(-step_size, d)), direction)

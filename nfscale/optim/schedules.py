@@ -80,20 +80,25 @@ class Schedule:
         """The steps after which a decay ends; the last of them is `total_steps`."""
         return budgets(self.first_steps, self.total_steps)
 
-    def factor(self, step: Tensor) -> Tensor:
+    def factor(self, step: Tensor, length: Tensor | None = None) -> Tensor:
         """Factor on the learning rate for the update after `step` updates: int64 [F] -> float64 [F].
+
+        Args:
+            length: int64, broadcasts against `step`: of each field's own decay, in place of `total_steps`.
 
         In float64, because a vectorised float32 power or cosine may round differently at another
         position of the batch, and what a field becomes must not depend on its position.
         """
         position = step.to(torch.float64)
-        factor = SCHEDULES[self.kind](((position - self.warmup) / self._decay_steps(step)).clamp(0, 1))
+        factor = SCHEDULES[self.kind](((position - self.warmup) / self._decay_steps(step, length)).clamp(0, 1))
         if self.warmup:
             factor = torch.where(position < self.warmup, (position + 1) / self.warmup, factor)
         return factor
 
-    def _decay_steps(self, step: Tensor) -> Tensor | int:
+    def _decay_steps(self, step: Tensor, length: Tensor | None) -> Tensor | int:
         """Of the least budget that holds the update after `step` updates: float64, as `step`."""
+        if length is not None:
+            return (length.to(torch.float64) - self.warmup).clamp(min=1)
         if len(self.budgets) == 1:
             return max(self.total_steps - self.warmup, 1)
         ends = torch.tensor(self.budgets, dtype=torch.float64, device=step.device)

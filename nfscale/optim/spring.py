@@ -68,5 +68,5 @@ class Spring:
         damping = torch.full((len(rows),), self.damping, dtype=torch.float64, device=rows.device)
         step, _ = damped_solution(line, -(line.residuals + line.pushed(kept)), damping)
         state["step"] = step + kept
-        size = (self.learning_rate * self.schedule.factor(extra.step) * extra.rate).to(rows.dtype)
+        size = (self.learning_rate * self.schedule.factor(extra.step, extra.length) * extra.rate).to(rows.dtype)
         return rows + size[:, None] * state["step"], state

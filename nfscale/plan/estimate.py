@@ -121,7 +121,7 @@ def reckoned(sample: FittedSample, job: EncodeJob, *, workers: int, seed: int, p
     plan, rows = sample.plan, sample.rows
     count, drawn = plan.data_count, len(rows)
     random = np.random.default_rng(seed)
-    cost = _Resampled(drawn, count, random).of_mean(_seconds_of(sample))
+    cost = _Resampled(drawn, count, random).of_mean(sample.worker_seconds())
     device_seconds = Interval(count * cost.low / _MACHINE, count * cost.value, count * cost.high * _MACHINE)
     ok = rows.filter(STATUS.isin(OK_STATUSES))
     qualities = ok["quality"].to_numpy()
@@ -169,20 +169,6 @@ def actual(folder: RunFolder) -> dict[str, float]:
         if len(ok):
             figures["median_quality"] = float(np.median(ok["quality"].to_numpy()))
     return figures
-
-
-def _seconds_of(sample: FittedSample) -> np.ndarray:
-    """Worker's seconds by datum [n]: its part of the steps, and an equal part of all else that a shard takes.
-
-    The latter by the largest chunks of the sample, since part of it comes once per shard, whatever its size.
-    """
-    fits = sample.rows["wall_seconds"].fill_null(0.0).to_numpy().astype(float)
-    edges = np.cumsum([0, *(commit.rows for commit in sample.commits)])
-    chunks = list(zip(sample.commits, edges, edges[1:], strict=False))
-    largest = max(commit.rows for commit in sample.commits)
-    large = [(commit, start, stop) for commit, start, stop in chunks if 2 * commit.rows > largest]
-    other = sum(commit.seconds - fits[start:stop].sum() for commit, start, stop in large)
-    return fits + max(0.0, other) / sum(commit.rows for commit, _, _ in large)
 
 
 def _wall(device_seconds: Interval, sample: FittedSample, workers: int) -> Interval:

@@ -13,6 +13,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -49,6 +50,19 @@ class FittedSample:
     peak_bytes: int
     """Resident memory of a process, the largest of them."""
 
+    def worker_seconds(self) -> np.ndarray:
+        """By datum [n]: its part of the steps, and an equal part of all else that a shard takes.
+
+        The latter by the largest chunks of the sample, since part of it comes once per shard, whatever its size.
+        """
+        fits = self.rows["wall_seconds"].fill_null(0.0).to_numpy().astype(float)
+        edges = np.cumsum([0, *(commit.rows for commit in self.commits)])
+        chunks = list(zip(self.commits, edges, edges[1:], strict=False))
+        largest = max(commit.rows for commit in self.commits)
+        large = [(commit, start, stop) for commit, start, stop in chunks if 2 * commit.rows > largest]
+        other = sum(commit.seconds - fits[start:stop].sum() for commit, start, stop in large)
+        return fits + max(0.0, other) / sum(commit.rows for commit, _, _ in large)
+
 
 def fitted_sample(
     job: EncodeJob,
@@ -74,7 +88,7 @@ def fitted_sample(
     plan = make_plan(job, device)
     with tempfile.TemporaryDirectory(prefix="nfscale-estimate-") as temporary:
         folder = RunFolder(temporary)
-        folder.freeze(plan)
+        folder.freeze(plan, job.read_steps())
         run = OpenRun(folder)
         planned = clock()
         if job.needs_calibration:

@@ -108,7 +108,7 @@ def _fitted(settings: dict[str, Any], choices: Choices, positions: list[int]) ->
 
 def _fitted_by(job: EncodeJob, positions: list[int]) -> Outcome:
     folder = RunFolder(job.output)
-    plan = folder.freeze(make_plan(job))
+    plan = folder.freeze(make_plan(job), job.read_steps())
     run = OpenRun(folder)
     if job.needs_calibration:
         calibrate_run(run)

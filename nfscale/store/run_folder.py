@@ -3,6 +3,7 @@
     job.json                           the frozen plan; written first, put-if-absent
     checkpoints/shard-00042.npz        while a shard takes long: its fields so far; removed with the commit
     calibration.parquet                what all fields share beside theta0; put-if-absent
+    steps.parquet                      where the job has a step plan: its copy, put-if-absent
     data/shard-00042.<attempt>.parquet written by one attempt, under a name of its own
     commits/shard-00042.json           put-if-absent: names the one file that counts, or the parts it was cut into
     _SUCCESS                           when every datum has a row
@@ -23,7 +24,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ import pyarrow.parquet as pq
 from nfscale.errors import CallerError, MismatchError, SupersededError
 from nfscale.files import Files, open_files
 from nfscale.layout import Layout
-from nfscale.store import schema
+from nfscale.store import schema, step_plan
 from nfscale.store.schema import LabelType
 
 REPORT = "review/report.html"
@@ -46,6 +47,7 @@ JOB_FILE = "review/job.yaml"
 IPC_COPY = "weights.arrow"
 ESTIMATE = "estimate.json"
 """May lie in the folder before the run does."""
+_STEPS = "steps.parquet"
 _CONTROL = "_control"
 _DRIVERS = "drivers"
 _CHECKPOINTS = "checkpoints"
@@ -279,8 +281,11 @@ class RunFolder:
     def has_plan(self) -> bool:
         return self.files.size("job.json") is not None
 
-    def freeze(self, plan: Plan) -> Plan:
+    def freeze(self, plan: Plan, steps: Mapping[str, int] | None = None) -> Plan:
         """Write the plan if there is none; the plan that counts from now on.
+
+        Args:
+            steps: the job's step plan, if it has one.
 
         Raises:
             CallerError: if the folder belongs to another job, or its place cannot tell the first of two writers.
@@ -289,7 +294,17 @@ class RunFolder:
         self.files.refuse_shared_names("job.json")
         frozen = self.plan()
         self.refuse_other(frozen, plan.fingerprint, plan.job)
+        self.keep_steps(steps)
         return frozen
+
+    def keep_steps(self, steps: Mapping[str, int] | None) -> None:
+        """Keep a copy of the job's step plan, if it has one; a copy that is there is of the same: the job's is."""
+        if steps is not None and self.files.size(_STEPS) is None:
+            self.files.put_if_absent(_STEPS, step_plan.to_bytes(steps))
+
+    def steps(self) -> dict[str, int]:
+        """The job's step plan: steps by datum's id."""
+        return step_plan.parsed(self.files.read(_STEPS))
 
     def refuse_other(self, frozen: Plan, fingerprint: str, job: dict[str, Any]) -> None:
         """Refuse a job that is not the folder's own.
@@ -303,6 +318,8 @@ class RunFolder:
             f"{k} ({was!r} in the folder, {now!r} now)" for k, (was, now) in differing_keys(frozen.job, job).items()
         ]
         what = f"they differ in {', '.join(differing)}" if differing else "its dataset has other ids now"
+        if not differing and job["fit"].get("step_plan"):
+            what += ", or its step plan other steps"
         raise CallerError(
             f"{self} belongs to another job: {what}; choose another output, or repeat the job it was made with"
         )

@@ -230,6 +230,7 @@ def test_a_relative_output_ends_where_it_is_found(job_file, tmp_path, monkeypatc
             {},
             "dataset.label_from 'labels.csv' is relative",
         ),
+        (["fit.step_plan=runs/tiny.steps.parquet"], {}, "fit.step_plan 'runs/tiny.steps.parquet' is relative"),
         ([], {"output_root": "here"}, None),
         (["output=x"], {"output_root": "here"}, "--output-root 'here' is relative"),
         ([], {"image": "a", "code": True}, "--image holds everything"),

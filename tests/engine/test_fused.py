@@ -237,6 +237,26 @@ def test_steps_are_those_of_the_plain_step(kind, sampling, masked, programs):
 
 
 @NEEDS_TRITON
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@interpreted
+def test_steps_of_fields_with_schedules_of_their_own_are_those_of_the_plain_step(kind):
+    field, optimizer, steps = MLP(2, 1, width=16, depth=2), OPTIMIZERS[kind], torch.tensor([5, 7, 13])
+    samples, sampler = random_samples(3, 45, 2, 1, False), Sampler(45, 24)
+
+    def moved(step, lengths: torch.Tensor | None) -> torch.Tensor:
+        batch = batch_of(step, optimizer, sampler, samples, field, steps)
+        batch.lengths = lengths
+        batch.advance(4)
+        return batch.rows - rows_of(field, 3)
+
+    lengths = torch.tensor([10, 12, SCHEDULE.total_steps])
+    plain, fused_one = (moved(step, lengths) for step in (PLAIN, fused_step(field, optimizer, "ieee")))
+    assert float(((fused_one - plain).norm(dim=1) / plain.norm(dim=1)).max()) < 1e-4
+    others = moved(PLAIN, None)
+    assert [torch.equal(*pair) for pair in zip(plain, others, strict=True)] == [False, False, True]
+
+
+@NEEDS_TRITON
 @pytest.mark.parametrize("kind", ["adam", "esgd-shared"])
 @interpreted
 def test_steps_in_half_precision_are_near_those_of_the_plain_step(kind):

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from nfscale.fields import theta0_of
+from nfscale.job import load_job
 from nfscale.optim import Adam, Schedule
 from nfscale.rng import as_tensor, datum_seed
 from nfscale.signals.transforms import VALUES
-from pipelines import learned_start, optimizer_rule, transformations, weight_scaling
+from pipelines import learned_start, optimizer_rule, step_plan, transformations, weight_scaling
 
 pytest.importorskip("skimage", reason="the photographs are scikit-image's")
 
@@ -115,3 +116,15 @@ def test_ladders_are_compared_by_share_and_steps(monkeypatch):
         assert 0 <= float(row[1]) <= 1
         assert 5 <= float(row[2]) <= 40
         assert float(row[3]) > 0
+
+
+@pytest.mark.parametrize("method", ["esgd", "adam"])
+def test_plans_are_compared_with_one_length_by_share_and_steps(monkeypatch, method):
+    small = ["fit.max_steps=40", "fit.check_every=10", "fit.target=20", "field.width=16", "field.depth=2"]
+    monkeypatch.setattr(step_plan, "JOB", load_job(step_plan.JOBS / "photos.yaml", small))
+    monkeypatch.setattr(step_plan, "CALIBRATION", 2)
+    monkeypatch.setattr(step_plan, "LADDERS", ((20, 40),))
+    rows = [cells(row) for row in step_plan.compared(method, step_plan.data_of(4, 3), (40,))][2:]
+    assert [row[0] for row in rows][:3] == ["ladder of 20, 40", "one of 40", "- plan for its steps"]
+    assert all(0 <= float(row[1]) <= 1 and 10 <= float(row[2]) <= 160 for row in rows)
+    assert float(rows[2][4]) == pytest.approx(float(rows[2][2]) / float(rows[1][2]), abs=0.02)
