@@ -272,9 +272,10 @@ class OpenRun:
         self.job = EncodeJob.model_validate(self.plan.job)
         self.signal: Signal = built(SIGNALS, self.plan.forward["signal"])
         self.field: Field = self.job.build_field(self.signal.dimensions, self.signal.channels)
-        self.optimizer: Optimizer | Solver = self.job.build_optimizer(self.plan.samples_per_step)
+        optimizer: Any = self.job.build_optimizer(self.plan.samples_per_step)
         if self.plan.factors is not None:
-            self.optimizer = Scaled(self.optimizer, torch.from_numpy(self.plan.factors))
+            optimizer = Scaled(optimizer, torch.from_numpy(self.plan.factors))
+        self.optimizer: Optimizer | Solver = optimizer
         self.committed_at: float | None = None
         """When this process last had rows ready to be committed, by `time.perf_counter`."""
         if self.field.layout != self.plan.layout:
