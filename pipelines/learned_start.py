@@ -51,7 +51,7 @@ TASKS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], dict[str, Any
     "mnist": (
         {"drawn": (60, 80, 120, 160), "learned": (40, 60, 80, 120)},
         {"data": 256, "rounds": 400, "tasks": 16, "inner_steps": 20},
-        {"data": 256, "rounds": 800, "tasks": 8, "inner_steps": 30},
+        {"data": 256, "rounds": 1000, "tasks": 6, "inner_steps": 30},
     ),
 }
 """By job: lengths of schedules by start, and how the start is learned, without and with gradients through the fits.
@@ -232,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, compare, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=[*TASKS, "ladder"], default=[*TASKS, "ladder"])
-    parser.add_argument("--kinds", nargs="+", choices=list(LEARNERS), default=list(LEARNERS))
+    parser.add_argument("--kinds", nargs="*", choices=list(LEARNERS), default=list(LEARNERS))
     parser.add_argument("--small", action="store_true", help="fewer data and rounds, one rate of each optimiser")
     parser.add_argument("--output", type=Path, default=Path("runs/learned_start"))
     chosen = parser.parse_args(arguments)
