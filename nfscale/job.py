@@ -442,8 +442,8 @@ class EncodeJob(_Section):
         return self.field.init == "learned" and isinstance(learner, MAML) and learner.learns_rates
 
     def learning_rate_and_betas(self, samples_per_step: int) -> dict[str, Any]:
-        """Of Adam in the fits that a start is learned from: the job's own where their rates are learned too."""
-        if not self._learns_rates:
+        """Of Adam in the fits that a start is learned from: where gradients go through them, the job's own Adam's."""
+        if not isinstance(self.build_learner(), MAML) or self.optimizer.kind != "adam":
             return {"learning_rate": self.learning_rate_of_adam(samples_per_step)}
         keys, optimizer = self.optimizer, self.build_optimizer(samples_per_step)
         return {"learning_rate": optimizer.learning_rate, "betas": (keys.beta1, keys.beta2)}

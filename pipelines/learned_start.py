@@ -51,7 +51,7 @@ TASKS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], dict[str, Any
     "mnist": (
         {"drawn": (60, 80, 120, 160), "learned": (40, 60, 80, 120)},
         {"data": 256, "rounds": 400, "tasks": 16, "inner_steps": 20},
-        {"data": 256, "rounds": 1000, "tasks": 6, "inner_steps": 30},
+        {"data": 256, "rounds": 400, "tasks": 6, "inner_steps": 30},
     ),
 }
 """By job: lengths of schedules by start, and how the start is learned, without and with gradients through the fits.

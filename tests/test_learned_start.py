@@ -57,6 +57,15 @@ def test_rates_that_were_learned_are_those_of_the_run(tmp_path):
     assert not np.array_equal(other.factors, plan.factors), "of the rate that they multiply"
 
 
+def test_gradients_go_through_the_adam_that_the_job_has(tmp_path):
+    def keys(learner: str, *overrides: str) -> dict:
+        return tiny_job(tmp_path, f"learning.kind={learner}", *overrides).learning_rate_and_betas(64)
+
+    own = ("optimizer.kind=adam", "optimizer.learning_rate=0.005", "optimizer.beta1=0.3")
+    assert keys("maml", *own) == keys("metasgd", *own) == {"learning_rate": 0.005, "betas": (0.3, 0.999)}
+    assert keys("maml") == keys("reptile", *own) == {"learning_rate": 0.002}
+
+
 @pytest.mark.parametrize("kind", ["reptile", "metasgd"])
 def test_a_resume_does_not_learn_again(tmp_path, monkeypatch, kind):
     how = (f"learning.kind={kind}", *LEARNED, *(["optimizer.kind=adam"] if kind == "metasgd" else []))
