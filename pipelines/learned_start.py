@@ -154,7 +154,7 @@ def grid(
             name = f"adam {rate:g}{' ' + str(betas) if betas == BETAS else ''}, {length}"
             adam = Adam(rate, schedule, *betas)
             yield fitted(task, name, adam if rates is None else Scaled(adam, rates), length, theta0)
-        if rates is not None:
+        if rates is not None or length % (2 * EVERY):  # of which ESGD takes none
             continue
         esgd = ESGD(1.0, Schedule("cosine", length, warmup=min(ESGD.default_warmup, length // 4)))
         yield fitted(task, f"esgd 1, {length}", esgd, length, theta0)

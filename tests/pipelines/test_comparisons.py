@@ -98,13 +98,15 @@ def test_starts_are_compared_by_the_steps_to_the_target_and_learning_is_paid_for
     task = small_starts(monkeypatch)
     ids = [datum_id for part in (task.known, task.calibration, task.unseen) for datum_id, _ in part]
     assert len(set(ids)) == 10, "what is learned from is not what is fitted"
-    kinds = ["reptile", "metasgd"]
-    _, _, drawn, learned, through = (cells(row) for row in learned_start.compared_starts(task, kinds, small=True))
+    kinds = ["reptile", "metasgd", "maml"]
+    _, _, drawn, learned, through, alone = (
+        cells(row) for row in learned_start.compared_starts(task, kinds, small=True)
+    )
     assert drawn[0] == "weight-scaled draw"
     steps, own = float(drawn[1]), float(learned[1])
     assert float(learned[2]) == pytest.approx(own / steps, abs=0.005)
     assert learned[5] == "180"  # half of the rounds, and one to see what they came to
-    assert through[0] == "metasgd"
+    assert (through[0], alone[0]) == ("metasgd", "maml")
     assert through[5] == str(3 * (3 + 10) + 2 * 3 * 10), "two rounds, of which the first is shorter, and two looks"
     assert "(0.3, 0.7)" in through[4]
     if own < steps:
