@@ -48,7 +48,7 @@ from nfscale.errors import CallerError, EncodeError, OutputError, SupersededErro
 from nfscale.fields import Field, theta0_of
 from nfscale.job import FORMAT_VERSION, EncodeJob
 from nfscale.media import MEDIA, Medium
-from nfscale.optim import Optimizer, Solver
+from nfscale.optim import Optimizer, Scaled, Solver
 from nfscale.rng import datum_seed
 from nfscale.signals import SIGNALS, Kind, Samples, Signal
 from nfscale.signals.base import Apply
@@ -119,10 +119,11 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
     optimizer = job.build_optimizer(per_step)
     if isinstance(optimizer, Solver) and (why := optimizer.too_large(field.layout.size, per_step * signal.channels)):
         raise CallerError(f"optimizer.kind={job.optimizer.kind} cannot be used: {why}")
-    theta0, learned = None, {}
+    theta0, learned, factors = None, {}, None
     if job.field.init == "learned":
         start = _learned_start(job, dataset, signal, field, per_step)
         theta0, learned = start.theta0.numpy(), start.figures()
+        factors = None if start.factors is None else start.factors.numpy()
     elif job.field.init == "shared":
         theta0 = theta0_of(field, job.seed).numpy()
     positions: list[int] = []
@@ -144,6 +145,7 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
         calibration_positions=tuple(positions),
         blocks=blocks,
         learned=learned,
+        factors=factors,
         versions=_versions(),
         format=FORMAT_VERSION,
     )
@@ -171,7 +173,7 @@ def _learned_start(job: EncodeJob, dataset: Dataset, signal: Signal, field: Fiel
             signal,
             data,
             learner=learner,
-            learning_rate=job.learning_rate_of_adam(per_step),
+            **job.learning_rate_and_betas(per_step),
             seed=job.seed,
             samples=job.fit.samples,
             sampling=job.fit.sampling,
@@ -274,7 +276,10 @@ class OpenRun:
         self.job = EncodeJob.model_validate(self.plan.job)
         self.signal: Signal = built(SIGNALS, self.plan.forward["signal"])
         self.field: Field = self.job.build_field(self.signal.dimensions, self.signal.channels)
-        self.optimizer: Optimizer | Solver = self.job.build_optimizer(self.plan.samples_per_step)
+        optimizer: Any = self.job.build_optimizer(self.plan.samples_per_step)
+        if self.plan.factors is not None:
+            optimizer = Scaled(optimizer, torch.from_numpy(self.plan.factors))
+        self.optimizer: Optimizer | Solver = optimizer
         self.committed_at: float | None = None
         """When this process last had rows ready to be committed, by `time.perf_counter`."""
         if self.field.layout != self.plan.layout:

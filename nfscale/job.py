@@ -31,7 +31,7 @@ from pydantic import (
 from nfscale.datasets import DATASETS
 from nfscale.datasets.base import Dataset, Opener, Repeated, open_limited
 from nfscale.datasets.tiled import Runs, Tiled, counted
-from nfscale.engine.learned import LEARNERS
+from nfscale.engine.learners import LEARNERS, MAML
 from nfscale.engine.loop import LADDER_AND_PLAN, LADDER_IS_NO_PLATEAU
 from nfscale.engine.problem import unsolvable
 from nfscale.engine.result import Stop
@@ -111,7 +111,7 @@ class FieldSection(_Section):
 
 
 class LearningSection(_Section):
-    """Keys of every kind of learning, see `nfscale.engine.learned`; without effect but for field.init=learned."""
+    """Keys of every kind of learning, see `nfscale.engine.learners`; without effect but for field.init=learned."""
 
 
 class RateSection(_Section):
@@ -281,7 +281,11 @@ class EncodeJob(_Section):
         signal = self._possible_signal()
         if self.tile is not None:
             signal.refuse_tile(self.tile)
-        self.build_learner()
+        if self._learns_rates and self.optimizer.kind not in ("adam", "auto"):
+            raise ValueError(
+                f"learning.kind={self.learning.kind} learns rates of optimizer.kind=adam, and it is "
+                f"{self.optimizer.kind}; use that or learning.kind=maml"
+            )
         if isinstance(optimizer, Solver):
             self._solver_can(optimizer, field, signal)
         if self.fit.first_steps is not None and self.optimizer.kind in SOLVERS and not isinstance(optimizer, Scheduled):
@@ -454,6 +458,19 @@ class EncodeJob(_Section):
     def build_learner(self) -> Any:
         """What learns the start of field.init=learned."""
         return _build(LEARNERS[self.learning.kind], self.learning)
+
+    @property
+    def _learns_rates(self) -> bool:
+        """Whether the start is learned, and with it rates of the job's optimiser, which is Adam."""
+        learner = self.build_learner()
+        return self.field.init == "learned" and isinstance(learner, MAML) and learner.learns_rates
+
+    def learning_rate_and_betas(self, samples_per_step: int) -> dict[str, Any]:
+        """Of Adam in the fits that a start is learned from: where gradients go through them, the job's own Adam's."""
+        if not isinstance(self.build_learner(), MAML) or self.optimizer.kind != "adam":
+            return {"learning_rate": self.learning_rate_of_adam(samples_per_step)}
+        keys, optimizer = self.optimizer, self.build_optimizer(samples_per_step)
+        return {"learning_rate": optimizer.learning_rate, "betas": (keys.beta1, keys.beta2)}
 
     def learning_rate_of_adam(self, samples_per_step: int) -> float:
         """The automatic rate of Adam for the job's field."""

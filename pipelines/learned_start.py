@@ -7,7 +7,8 @@
 Photograph tiles and digits of MNIST, with the fields, samples and targets of their jobs. theta0 is learned from some of
 the data; others, which it has not seen, are fitted from it and from the weight-scaled draw it was learned from. Both
 starts have their own best of several optimisers, rates and lengths of a cosine schedule. Learning costs optimiser steps
-of its own: break-even is the number of data from which on they are saved again.
+of its own: break-even is the number of data from which on they are saved again; and seconds of a core, in which a step
+that gradients go through costs several times as much as one that is only taken.
 
 A ladder begins with a short schedule and goes on with longer ones where the target is missed (`fit.first_steps`);
 beside it, schedules of one length: the share of the data that reaches the target, and what a datum takes on average, in
@@ -19,6 +20,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,10 @@ from torch import Tensor
 import nfscale
 from nfscale.datasets import seeded_sample
 from nfscale.engine import LEARNERS, LearnedStart, learn_start
+from nfscale.engine.learners import MAML
 from nfscale.fields import theta0_of
 from nfscale.job import EncodeJob, load_job
-from nfscale.optim import ESGD, Adam, Schedule
+from nfscale.optim import ESGD, Adam, Scaled, Schedule
 from nfscale.signals import Samples
 from nfscale.track import log_folder
 from pipelines.weight_scaling import median, written
@@ -39,19 +42,24 @@ JOBS = Path(__file__).parent
 CALIBRATION = 32
 EVERY = 5  # steps between checks, and so the grain of all steps to a target
 
-TASKS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
+TASKS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], dict[str, Any]]] = {
     "photos": (
         {"drawn": (300, 400, 600), "learned": (100, 200, 300, 400)},
         {"data": 256, "rounds": 200, "tasks": 16, "inner_steps": 50},
+        {"data": 256, "rounds": 200, "tasks": 4, "inner_steps": 40},
     ),
     "mnist": (
-        {"drawn": (80, 120, 160), "learned": (40, 60, 80, 120)},
+        {"drawn": (60, 80, 120, 160), "learned": (40, 60, 80, 120)},
         {"data": 256, "rounds": 400, "tasks": 16, "inner_steps": 20},
+        {"data": 256, "rounds": 400, "tasks": 6, "inner_steps": 30},
     ),
 }
-"""By job: lengths of schedules by start, and how the start is learned."""
+"""By job: lengths of schedules by start, and how the start is learned, without and with gradients through the fits.
+These learn for the number of steps that unseen data are to have; those are fitted with it and up to 1.5 times it."""
 
-OUTER_RATES = {"reptile": 0.5, "fomaml": 1e-4}
+OUTER_RATES = {"reptile": 0.5, "fomaml": 1e-4, "maml": 1e-3, "metasgd": 1e-3}
+BETAS = (0.3, 0.7)
+"""Of Adam in few steps: what was found by gradients through 20 of them on digits, from (0.9, 0.999) on."""
 
 FIXED, LADDERS = (300, 400, 600, 1000), ((150, 600), (300, 600), (250, 1000))
 """Lengths of one schedule; first and last budgets of ladders."""
@@ -132,12 +140,22 @@ def fitted(task: Task, method: str, optimizer: Any, steps: int, theta0: Tensor) 
     )
 
 
-def grid(task: Task, theta0: Tensor, lengths: Sequence[int], factors: Sequence[float]) -> Iterator[Found]:
-    """Adam and ESGD at multiples of their automatic rates, over lengths of the schedule."""
+def grid(
+    task: Task, theta0: Tensor, lengths: Sequence[int], factors: Sequence[float], rates: Tensor | None = None
+) -> Iterator[Found]:
+    """Adam and ESGD at multiples of their automatic rates, over lengths of the schedule.
+
+    Adam with usual betas and with those of few steps; with learned `rates`, it alone.
+    """
     for length in lengths:
-        for factor in factors:
+        schedule = Schedule("cosine", length)
+        for factor, betas in product(factors, (BETAS,) if rates is not None else ((Adam.beta1, Adam.beta2), BETAS)):
             rate = factor * task.job.learning_rate_of_adam(task.samples)
-            yield fitted(task, f"adam {rate:g}, {length}", Adam(rate, Schedule("cosine", length)), length, theta0)
+            name = f"adam {rate:g}{' ' + str(betas) if betas == BETAS else ''}, {length}"
+            adam = Adam(rate, schedule, *betas)
+            yield fitted(task, name, adam if rates is None else Scaled(adam, rates), length, theta0)
+        if rates is not None or length % (2 * EVERY):  # of which ESGD takes none
+            continue
         esgd = ESGD(1.0, Schedule("cosine", length, warmup=min(ESGD.default_warmup, length // 4)))
         yield fitted(task, f"esgd 1, {length}", esgd, length, theta0)
 
@@ -147,38 +165,55 @@ def best(found: Sequence[Found]) -> Found:
     return min(found, key=lambda one: (one.steps, -one.quality))
 
 
-def learned(task: Task, kind: str, keys: dict[str, Any]) -> LearnedStart:
-    """theta0 from the known data."""
-    return learn_start(
+def learned(task: Task, kind: str, keys: dict[str, Any]) -> tuple[LearnedStart, float]:
+    """theta0 from the known data, and the seconds of a core that it took."""
+    before = time.process_time()
+    start = learn_start(
         task.field,
         task.signal,
         task.known,
         learner=LEARNERS[kind](**keys, outer_rate=OUTER_RATES[kind]),
         learning_rate=task.job.learning_rate_of_adam(task.samples),
+        betas=BETAS if issubclass(LEARNERS[kind], MAML) else (Adam.beta1, Adam.beta2),
         seed=task.job.seed,
         samples=task.samples,
     )
+    return start, time.process_time() - before
 
 
 def compared_starts(task: Task, kinds: Sequence[str], small: bool) -> Iterator[str]:
     """Rows of a table: each start at its best."""
-    lengths, keys = TASKS[task.name]
+    lengths, first_order, exact = TASKS[task.name]
     factors = (1.0,) if small else (0.5, 1.0, 2.0)
-    keys = keys | {"rounds": keys["rounds"] // 2} if small else keys
     drawn = best(list(grid(task, theta0_of(task.field, task.job.seed), lengths["drawn"], factors)))
-    yield "| start | median steps to the target | ratio | share | best with | field steps to learn | break-even, data |"
-    yield "|---" * 7 + "|"
-    yield f"| weight-scaled draw | {written(drawn.steps, '.0f')} | 1 | {drawn.share:.2f} | {drawn.method} | 0 | - |"
+    yield (
+        "| start | median steps to the target | ratio | share | best with | field steps to learn | break-even, data | "
+        "by time |"
+    )
+    yield "|---" * 8 + "|"
+    yield f"| weight-scaled draw | {written(drawn.steps, '.0f')} | 1 | {drawn.share:.2f} | {drawn.method} | 0 | - | - |"
     for kind in kinds:
-        start = learned(task, kind, keys)
-        own = best(list(grid(task, start.theta0, lengths["learned"], factors)))
-        saved = drawn.steps - own.steps
-        even = written(start.field_steps / saved, ",.0f") if saved > 0 and math.isfinite(saved) else "-"
+        keys, own_lengths = first_order, lengths["learned"]
+        if issubclass(LEARNERS[kind], MAML):
+            keys = exact
+            own_lengths = tuple(
+                EVERY * round(keys["inner_steps"] * longer / EVERY) for longer in (1, 7 / 6, 4 / 3, 1.5)
+            )
+        keys = keys | {"rounds": keys["rounds"] // 2} if small else keys
+        start, seconds = learned(task, kind, keys)
+        own = best(list(grid(task, start.theta0, own_lengths, factors, start.factors)))
+        even = _even(start.field_steps, drawn.steps - own.steps)
+        by_time = _even(1e3 * seconds, drawn.milliseconds - own.milliseconds)
         ratio = own.steps / drawn.steps if math.isfinite(own.steps) else math.inf
         yield (
             f"| {kind} | {written(own.steps, '.0f')} | {written(ratio, '.2f')} | {own.share:.2f} | {own.method} | "
-            f"{start.field_steps:,} | {even} |"
+            f"{start.field_steps:,} | {even} | {by_time} |"
         )
+
+
+def _even(cost: float, saved: float) -> str:
+    """The number of data from which on they save what learning has cost."""
+    return written(cost / saved, ",.0f") if saved > 0 and math.isfinite(saved) else "-"
 
 
 def compared_budgets(task: Task, fixed: Sequence[int], ladders: Sequence[tuple[int, int]]) -> Iterator[str]:
@@ -197,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, compare, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=[*TASKS, "ladder"], default=[*TASKS, "ladder"])
-    parser.add_argument("--kinds", nargs="+", choices=list(LEARNERS), default=list(LEARNERS))
+    parser.add_argument("--kinds", nargs="*", choices=list(LEARNERS), default=list(LEARNERS))
     parser.add_argument("--small", action="store_true", help="fewer data and rounds, one rate of each optimiser")
     parser.add_argument("--output", type=Path, default=Path("runs/learned_start"))
     chosen = parser.parse_args(arguments)

@@ -6,11 +6,12 @@ import torch
 
 from nfscale import encode
 from nfscale.driver import open_run
-from nfscale.encode import make_plan
+from nfscale.encode import OpenRun, make_plan
 from nfscale.engine import LEARNERS
 from nfscale.errors import CallerError
 from nfscale.fields import theta0_of
 from nfscale.job import EncodeJob
+from nfscale.optim import Scaled
 from nfscale.store import open_weights
 from nfscale.verify import verify
 from tests.jobs import encode_in_process, tiny_job
@@ -20,16 +21,20 @@ LEARNED = ("field.init=learned", "learning.data=24", "learning.rounds=6", "learn
 
 @pytest.mark.parametrize("kind", LEARNERS)
 def test_a_learned_start_batches_is_stored_and_decodes(tmp_path, kind):
-    rate = {"reptile": 0.5, "fomaml": 3e-3}[kind]
-    overrides = (f"learning.kind={kind}", f"learning.outer_rate={rate}", *LEARNED, "store.dtype=delta_float16")
+    rate = 0.5 if kind == "reptile" else 3e-3
+    overrides = [f"learning.kind={kind}", f"learning.outer_rate={rate}", *LEARNED, "store.dtype=delta_float16"]
+    if kind == "metasgd":
+        overrides += ["optimizer.kind=adam", "fit.first_steps=20", "optimizer.beta2=0.9"]
     folder, summary = encode_in_process(tiny_job(tmp_path / "one", *overrides))
     assert summary.fields == 48
-    assert folder.has_calibration, "which fields that start from one theta0 share"
+    assert folder.has_calibration == (kind != "metasgd"), "which fields that start from one theta0 share"
     plan, table = folder.plan(), open_weights(folder.files.path)
     drawn = theta0_of(EncodeJob.model_validate(plan.job).build_field(2, 1), 0)
     assert table.theta0 is not None
     assert not np.array_equal(table.theta0, drawn.numpy())
-    assert plan.learned["field_steps"] == 7 * 4 * 10
+    by_gradients = kind in ("maml", "metasgd")  # of 3, 8, 10, 10, 10 and 10 steps, and a look before and after
+    assert plan.learned["field_steps"] == 4 * (51 + 2 * 10 if by_gradients else 7 * 10)
+    assert (plan.factors is None) == (kind != "metasgd")
     assert plan.learned["loss_after"] < plan.learned["loss_before"]
     assert not verify(folder).mismatches
     assert table.decode(table.to_arrow()["datum_id"].to_pylist()[:2]).shape == (2, 8, 8, 1)
@@ -37,8 +42,34 @@ def test_a_learned_start_batches_is_stored_and_decodes(tmp_path, kind):
     assert (open_weights(other.files.path).weights() == table.weights()).all()
 
 
-def test_a_resume_does_not_learn_again(tmp_path, monkeypatch):
-    job = tiny_job(tmp_path / "run", *LEARNED)
+def test_rates_that_were_learned_are_those_of_the_run(tmp_path):
+    how = ("learning.kind=metasgd", "optimizer.kind=adam", "optimizer.beta1=0.3", "optimizer.learning_rate=0.005")
+    job = tiny_job(tmp_path, *LEARNED, *how)
+    folder, plan = open_run(job)
+    assert plan.factors.shape == plan.theta0.shape
+    assert plan.factors.min() < 1 < plan.factors.max()
+    optimizer = OpenRun(folder).optimizer
+    assert isinstance(optimizer, Scaled)
+    assert np.array_equal(optimizer.factors.numpy(), folder.plan().factors)
+    assert np.array_equal(folder.plan().factors, plan.factors)
+    assert (optimizer.inner.beta1, optimizer.learning_rate) == (0.3, 0.005)
+    other = make_plan(tiny_job(tmp_path, *LEARNED, *how[:-1], "optimizer.learning_rate=0.01"))
+    assert not np.array_equal(other.factors, plan.factors), "of the rate that they multiply"
+
+
+def test_gradients_go_through_the_adam_that_the_job_has(tmp_path):
+    def keys(learner: str, *overrides: str) -> dict:
+        return tiny_job(tmp_path, f"learning.kind={learner}", *overrides).learning_rate_and_betas(64)
+
+    own = ("optimizer.kind=adam", "optimizer.learning_rate=0.005", "optimizer.beta1=0.3")
+    assert keys("maml", *own) == keys("metasgd", *own) == {"learning_rate": 0.005, "betas": (0.3, 0.999)}
+    assert keys("maml") == keys("reptile", *own) == {"learning_rate": 0.002}
+
+
+@pytest.mark.parametrize("kind", ["reptile", "metasgd"])
+def test_a_resume_does_not_learn_again(tmp_path, monkeypatch, kind):
+    how = (f"learning.kind={kind}", *LEARNED, *(["optimizer.kind=adam"] if kind == "metasgd" else []))
+    job = tiny_job(tmp_path / "run", *how)
     _, plan = open_run(job)
 
     def again(*arguments, **options):
@@ -78,10 +109,14 @@ def test_what_cannot_be_learned_is_the_callers_mistake(tmp_path, overrides, mess
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("learning.kind=maml", "unknown learning 'maml'; known kinds of learning: fomaml, reptile"),
+        ("learning.kind=leap", "unknown learning 'leap'; known kinds of learning: fomaml, maml, metasgd, reptile"),
         (
             "learning.steps=3",
             "unknown key learning.steps; accepted: kind, data, rounds, tasks, inner_steps, outer_rate",
+        ),
+        (
+            "field.init=learned learning.kind=metasgd",
+            "learning.kind=metasgd learns rates of optimizer.kind=adam, and it is esgd; use that or learning.kind=maml",
         ),
         ("learning.rounds=0", "learning.rounds is at least 1, got 0"),
         ("field.init=learnt", "should be 'shared', 'learned' or 'per_datum', got 'learnt'"),

@@ -1,118 +1,31 @@
 """A start that fields share because it was learned from some of them: theta0 from which few steps go far.
 
 From the weight-scaled initialization on, in rounds: a few data are fitted from theta0 for some steps of annealed Adam,
-and theta0 moves by what became of them. Reptile (Nichol, Achiam & Schulman, "On First-Order Meta-Learning Algorithms",
-2018) moves it towards the mean of the fitted params; first-order MAML (Finn, Abbeel & Levine, ICML 2017, section 5.2)
-against the mean of the gradients at them, as if the steps between were not there. For neural fields: Sitzmann et al.,
-"MetaSDF" (NeurIPS 2020), and Tancik et al., "Learned Initializations for Optimizing Coordinate-Based Neural
-Representations" (CVPR 2021).
-
-Differences: the steps are those of the engine, minibatches and schedule included, and the gradients of first-order MAML
-are those of log(loss), which is what a quality in dB is made of, so that fields that are nearly fitted count as much as
-the others.
+and theta0 moves by what became of them, as one of the `LEARNERS` says. The steps are those of the engine, minibatches
+and schedule included; where the learner looks through them, their twins with a graph (`nfscale.engine.unrolled`). For
+neural fields: Sitzmann et al., "MetaSDF" (NeurIPS 2020), and Tancik et al., "Learned Initializations for Optimizing
+Coordinate-Based Neural Representations" (CVPR 2021).
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from nfscale.engine.batch import MINIMUM_SLOTS, Batch, Slot
 from nfscale.engine.dispatch import Step, StepName, chosen
+from nfscale.engine.learners import MAML, FirstOrder, Learner
 from nfscale.engine.sampling import Sampler, Sampling
 from nfscale.engine.step import stack_samples, training_samples
+from nfscale.engine.unrolled import Descent, Unrolled
 from nfscale.fields import Field, theta0_of
-from nfscale.optim import Adam, Schedule
+from nfscale.optim import Adam, Scaled, Schedule
 from nfscale.rng import as_tensor, datum_seed
 from nfscale.signals import Samples, Signal
-
-
-class Learner(Protocol):
-    """The contract of every entry of `LEARNERS`: how many data are fitted how far, and what theta0 makes of it."""
-
-    @property
-    def data(self) -> int: ...
-
-    @property
-    def rounds(self) -> int: ...
-
-    @property
-    def tasks(self) -> int: ...
-
-    @property
-    def inner_steps(self) -> int: ...
-
-    @property
-    def outer_rate(self) -> float: ...
-
-    def outer_step(self, theta0: Tensor, fitted: Tensor, slopes: Tensor, moments: Tensor, done: int) -> Tensor:
-        """The next theta0 [P] from fitted params [T, P] and the gradients of log(loss) at them, after `done` rounds.
-
-        `moments` [2, P] begins at zero and is the learner's own to move.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class Reptile:
-    """theta0 moves a share of the way to the mean of the fitted params; the share falls to zero linearly."""
-
-    data: int = 256
-    """That are learned from: a seeded sample of the dataset."""
-    rounds: int = 200
-    tasks: int = 16
-    """Data that are fitted in a round."""
-    inner_steps: int = 50
-    """Of each of them."""
-    outer_rate: float = 0.5
-
-    def __post_init__(self) -> None:
-        _refuse_bad(self)
-
-    def outer_step(self, theta0: Tensor, fitted: Tensor, slopes: Tensor, moments: Tensor, done: int) -> Tensor:
-        share = min(self.outer_rate, 1.0) * (1 - done / self.rounds)
-        return theta0 + share * (fitted.mean(dim=0) - theta0)
-
-
-@dataclass(frozen=True)
-class FirstOrderMAML:
-    """theta0 takes a step of Adam, whose rate falls to zero along a cosine, on the gradients at the fitted params."""
-
-    data: int = 256
-    """As of reptile, and so are the next three."""
-    rounds: int = 200
-    tasks: int = 16
-    inner_steps: int = 50
-    outer_rate: float = 1e-4
-    """Of Adam."""
-
-    _BETAS: ClassVar[tuple[float, float]] = (0.9, 0.99)
-
-    def __post_init__(self) -> None:
-        _refuse_bad(self)
-
-    def outer_step(self, theta0: Tensor, fitted: Tensor, slopes: Tensor, moments: Tensor, done: int) -> Tensor:
-        adam = Adam(self.outer_rate, Schedule("cosine", self.rounds), *self._BETAS)
-        size, correction = adam.step_sizes(torch.tensor(done), torch.tensor(1.0))
-        gradient = slopes.mean(dim=0)
-        moments[0].lerp_(gradient, 1 - adam.beta1)
-        moments[1].lerp_(gradient.square(), 1 - adam.beta2)
-        return theta0 - size * moments[0] / (moments[1].sqrt() / correction + adam.epsilon)
-
-
-def _refuse_bad(learner: Learner) -> None:
-    for name in ("data", "rounds", "tasks", "inner_steps"):
-        if getattr(learner, name) < 1:
-            raise ValueError(f"learning.{name} is at least 1, got {getattr(learner, name)}")
-    if learner.outer_rate <= 0:
-        raise ValueError(f"learning.outer_rate is above 0, got {learner.outer_rate}")
-
-
-LEARNERS: dict[str, type] = {"reptile": Reptile, "fomaml": FirstOrderMAML}
 
 
 @dataclass(frozen=True)
@@ -129,9 +42,11 @@ class LearnedStart:
     """After the inner steps from the drawn start: geometric mean over the data of the first round."""
     loss_after: float
     """Likewise from theta0, of the same data and minibatches."""
+    factors: Tensor | None = None
+    """float32 [P], on the CPU: what was learned beside theta0, if anything was; see `nfscale.optim.Scaled`."""
 
     def figures(self) -> dict[str, float]:
-        """All but theta0."""
+        """All but the tensors."""
         names = ("data", "field_steps", "loss_before", "loss_after")
         return {name: getattr(self, name) for name in names}
 
@@ -141,8 +56,9 @@ def learn_start(
     signal: Signal,
     data: Sequence[tuple[str, Samples]],
     *,
-    learner: Learner,
+    learner: FirstOrder | MAML,
     learning_rate: float,
+    betas: tuple[float, float] = (Adam.beta1, Adam.beta2),
     seed: int,
     theta0: Tensor | None = None,
     samples: int | Literal["full"] = "full",
@@ -154,7 +70,7 @@ def learn_start(
 
     Args:
         data: (id, samples) pairs; what they hold back or are checked on is not looked at.
-        learning_rate: of Adam in the inner steps, with cosine decay.
+        learning_rate, betas: of Adam in the inner steps, with cosine decay.
         theta0: float32 [P], where learning begins; by default where `fit` would start for this seed.
         samples, sampling, step: as in `fit`; sampling="error" is here "stratified".
 
@@ -164,7 +80,7 @@ def learn_start(
     if len({part.kind for _, part in data}) != 1:
         raise ValueError("a start is learned from data of one kind: one sample count, and a mask in all or none")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    optimizer: Any = Adam(learning_rate, Schedule("cosine", learner.inner_steps))
+    optimizer: Any = Adam(learning_rate, Schedule("cosine", learner.inner_steps), *betas)
     available = data[0][1].kind.count
     inner = _Inner(
         field,
@@ -172,30 +88,61 @@ def learn_start(
         optimizer,
         Sampler(available, available if samples == "full" else samples, _without_errors(sampling)),
         chosen(step, device, field, signal, optimizer),
+        step,
         [(datum_id, replace(part, check=None, heldout=None)) for datum_id, part in data],
         learner.inner_steps,
         seed,
         device,
     )
     drawn = (theta0_of(field, seed) if theta0 is None else theta0).to(device)
-    row, moments = drawn, torch.zeros((2, *drawn.shape), device=device)
     rounds = list(_rounds([datum_id for datum_id, _ in data], learner, seed))
-    before = math.nan
-    for done, places in enumerate(rounds):
-        fitted, losses, slopes = inner.fits(row, places, done)
-        before = _geometric_mean(losses) if done == 0 else before
-        row = learner.outer_step(row, fitted, slopes, moments, done)
-    after = _geometric_mean(inner.fits(row, rounds[0], 0)[1])
+    if isinstance(learner, MAML):
+        row, factors, before, taken = _descended(inner, learner, rounds, drawn)
+    else:
+        row, factors, before, taken = _moved(inner, learner, rounds, drawn)
+    after = _geometric_mean(inner.scaled(factors).fits(row, rounds[0], 0)[1])
     if not after < before:
         raise ValueError(
             f"after {learner.inner_steps} steps the fields have a loss of {after:.3g} from the start that was learned, "
             f"and of {before:.3g} from where it began; {_WAY_OUT}"
         )
-    taken = learner.inner_steps * sum(map(len, [*rounds, rounds[0]]))
-    return LearnedStart(row.cpu(), len(data), taken, before, after)
+    taken += learner.inner_steps * len(rounds[0])
+    return LearnedStart(row.cpu(), len(data), taken, before, after, None if factors is None else factors.cpu())
 
 
 _WAY_OUT = "use a smaller learning.outer_rate, more learning.rounds, or field.init=shared"
+
+
+_Outcome = tuple[Tensor, Tensor | None, float, int]
+"""theta0 and factors after all rounds, the loss before them, and the steps that they took."""
+
+
+def _moved(inner: "_Inner", learner: FirstOrder, rounds: list[list[int]], row: Tensor) -> _Outcome:
+    """By what the fits end as."""
+    moments, before = torch.zeros((2, *row.shape), device=row.device), math.nan
+    for done, places in enumerate(rounds):
+        fitted, losses, slopes = inner.fits(row, places, done)
+        before = _geometric_mean(losses) if done == 0 else before
+        row = learner.outer_step(row, fitted, slopes, moments, done)
+    return row, None, before, learner.inner_steps * sum(map(len, rounds))
+
+
+def _descended(inner: "_Inner", learner: MAML, rounds: list[list[int]], row: Tensor) -> _Outcome:
+    """By gradients through the fits."""
+    adam, taken = inner.optimizer, learner.inner_steps * len(rounds[0])
+    before = _geometric_mean(inner.fits(row, rounds[0], 0)[1])
+    unrolled = Unrolled(inner.field, inner.signal, adam.learning_rate, (adam.beta1, adam.beta2), inner.sampler)
+    descent = Descent(learner, unrolled, row)
+    for done, places in enumerate(rounds):
+        try:
+            taken += descent.go_on(*inner.together(places, done), done)
+        except FloatingPointError:
+            raise ValueError(_diverged(done)) from None
+    return descent.theta0, descent.factors, before, taken
+
+
+def _diverged(done: int) -> str:
+    return f"the fits of round {done + 1} diverged from the start that is learned; {_WAY_OUT}"
 
 
 @dataclass(frozen=True)
@@ -204,13 +151,28 @@ class _Inner:
 
     field: Field
     signal: Signal
-    optimizer: Any  # Adam
+    optimizer: Any  # Adam, or Scaled
     sampler: Sampler
     step: Step
+    step_name: StepName
     data: Sequence[tuple[str, Samples]]
     steps: int
     seed: int
     device: torch.device
+
+    def scaled(self, factors: Tensor | None) -> "_Inner":
+        """Likewise, with a factor [P] on the rate of each param."""
+        if factors is None:
+            return self
+        optimizer: Any = Scaled(self.optimizer, factors)
+        step = chosen(self.step_name, self.device, self.field, self.signal, optimizer)
+        return replace(self, optimizer=optimizer, step=step)
+
+    def together(self, places: Sequence[int], number: int) -> tuple[Samples, Tensor]:
+        """Data that are fitted in a round, and the seeds of their minibatches: [T, N, ...], int64 [T]."""
+        samples = stack_samples([self.data[place][1] for place in places], self.device)
+        seeds = [datum_seed(self.seed, f"{number}\0{self.data[place][0]}") for place in places]
+        return samples, as_tensor(seeds, self.device)
 
     def fits(self, row: Tensor, places: Sequence[int], number: int) -> tuple[Tensor, Tensor, Tensor]:
         """What some data become from a start [P]: params [T, P], losses [T] and the slopes of their logarithms [T, P].
@@ -223,8 +185,7 @@ class _Inner:
         Raises:
             ValueError: if more than half of them diverge.
         """
-        ids = [self.data[place][0] for place in places]
-        together = stack_samples([self.data[place][1] for place in places], self.device)
+        together, seeds = self.together(places, number)
         batch = Batch(
             self.field,
             self.signal,
@@ -233,8 +194,8 @@ class _Inner:
             None,
             rows=row.repeat(len(places), 1),
             samples=together,
-            seeds=as_tensor([datum_seed(self.seed, f"{number}\0{one}") for one in ids], self.device),
-            slots=[Slot(one, 0) for one in ids],
+            seeds=seeds,
+            slots=[Slot(self.data[place][0], 0) for place in places],
             step=self.step,
         )
         batch.advance(self.steps)
@@ -245,7 +206,7 @@ class _Inner:
         losses, gradients = self.step.gradient(self.field, self.signal, batch.rows, part)
         good = torch.isfinite(losses) & torch.isfinite(batch.rows).all(dim=1)
         if 2 * int(good.sum()) < len(places):
-            raise ValueError(f"the fits of round {number + 1} diverged from the start that is learned; {_WAY_OUT}")
+            raise ValueError(_diverged(number))
         return batch.rows[good], losses[good], gradients[good] / losses[good, None]
 
 

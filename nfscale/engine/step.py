@@ -25,7 +25,7 @@ _GPU_EVALUATION_BYTES = 256 << 20  # few launches, and little beside the memory 
 
 def plain_gradient(field: Field, signal: Signal, rows: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
     """Losses [F] and gradients [F, P] of rows of weights [F, P] on a batch of samples [F, N, ...]."""
-    losses, grads = gradient(_loss_of(field, signal, samples), field.layout.unravel(rows))
+    losses, grads = gradient(losses_of(field, signal, samples), field.layout.unravel(rows))
     return losses, field.layout.ravel(grads)
 
 
@@ -35,7 +35,7 @@ def plain_gradient_and_hvp(
     """Losses [F], gradients [F, P] and Hessian-vector products [F, P] with probes [F, P]."""
     layout = field.layout
     losses, grads, products = gradient_and_hvp(
-        _loss_of(field, signal, samples), layout.unravel(rows), layout.unravel(probe)
+        losses_of(field, signal, samples), layout.unravel(rows), layout.unravel(probe)
     )
     return losses, layout.ravel(grads), layout.ravel(products)
 
@@ -49,11 +49,13 @@ def not_siren(field: Field) -> str | None:
     return None
 
 
-def _loss_of(field: Field, signal: Signal, samples: Samples):
-    def loss_of(params: Params) -> Tensor:
+def losses_of(field: Field, signal: Signal, samples: Samples) -> Callable[[Params], Tensor]:
+    """The losses [F] on a batch of samples [F, N, ...], as a function of the params."""
+
+    def losses(params: Params) -> Tensor:
         return signal.loss(signal.predict(partial(field.apply, params), samples), samples)
 
-    return loss_of
+    return losses
 
 
 def plain_apply(field: Field, rows: Tensor) -> Apply:

@@ -17,6 +17,7 @@ from nfscale.optim.kfac import KFAC
 from nfscale.optim.lbfgs import LBFGS
 from nfscale.optim.muon import Muon
 from nfscale.optim.regularized import Regularized
+from nfscale.optim.scaled import Scaled
 from nfscale.optim.schedules import SCHEDULES, Schedule
 from nfscale.optim.sgd import SGD
 from nfscale.optim.shampoo import Shampoo
@@ -61,6 +62,7 @@ __all__ = [
     "Optimizer",
     "Problem",
     "Regularized",
+    "Scaled",
     "Schedule",
     "Scheduled",
     "Shampoo",

@@ -107,6 +107,8 @@ class Plan:
     data that follow each other and their counts."""
     learned: dict[str, float] = field(default_factory=dict)
     """What it took to learn theta0, see `nfscale.engine.LearnedStart`; empty where it was drawn."""
+    factors: np.ndarray | None = None
+    """float32 [P], learned with theta0: of each weight on the learning rate, see `nfscale.optim.Scaled`."""
     versions: dict[str, str] = field(default_factory=dict)
     format: int = 1
 
@@ -134,23 +136,31 @@ class Plan:
         content = asdict(self)
         content["layout"] = json.loads(self.layout.to_json())
         content["calibration_positions"] = list(self.calibration_positions)
-        if self.theta0 is not None:
-            encoded = base64.b64encode(self.theta0.astype("<f4").tobytes()).decode()
-            content["theta0"] = {"dtype": "float32", "encoding": "base64, little-endian", "data": encoded}
+        content |= {"theta0": _encoded(self.theta0), "factors": _encoded(self.factors)}
         return content
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Plan":
-        theta0 = content["theta0"]
-        if theta0 is not None:
-            theta0 = np.frombuffer(base64.b64decode(theta0["data"]), dtype="<f4").astype(np.float32)
         values = dict(content)
         values["layout"] = Layout.from_json(json.dumps(content["layout"]))
         values["calibration_positions"] = tuple(content["calibration_positions"])
         if (blocks := content.get("blocks")) is not None:
             values["blocks"] = tuple((times, tuple(counts)) for times, counts in blocks)
-        values["theta0"] = theta0
+        values |= {"theta0": _decoded(content["theta0"]), "factors": _decoded(content.get("factors"))}
         return cls(**values)
+
+
+def _encoded(row: np.ndarray | None) -> dict[str, str] | None:
+    if row is None:
+        return None
+    data = base64.b64encode(row.astype("<f4").tobytes()).decode()
+    return {"dtype": "float32", "encoding": "base64, little-endian", "data": data}
+
+
+def _decoded(content: dict[str, str] | None) -> np.ndarray | None:
+    if content is None:
+        return None
+    return np.frombuffer(base64.b64decode(content["data"]), dtype="<f4").astype(np.float32)
 
 
 @dataclass(frozen=True)

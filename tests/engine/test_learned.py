@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from nfscale.engine import LEARNERS, Stop, fit, learn_start
-from nfscale.engine.learned import FirstOrderMAML, Reptile
+from nfscale.engine.learners import MAML, FirstOrderMAML, MetaSGD, Reptile
 from nfscale.fields import theta0_of
-from nfscale.optim import Adam, Schedule
+from nfscale.optim import Adam, Scaled, Schedule
 from nfscale.signals import Samples
 from tests.engine.fits import FIELD, SEED, SIGNAL, STEPS, data_of, fitted, smooth_image
 
 RATE = 0.01
-OUTER_RATES = {"reptile": 0.5, "fomaml": 3e-3}
+OUTER_RATES = {"reptile": 0.5, "fomaml": 3e-3, "maml": 3e-3, "metasgd": 3e-3}
 SMALL = {"data": 5, "rounds": 12, "tasks": 3, "inner_steps": 10}
 
 
@@ -95,8 +95,12 @@ def test_fits_of_other_data_go_further_from_what_was_learned(kind, samples):
     start = learned(relatives(0, 8), learner=LEARNERS[kind](**SMALL, outer_rate=OUTER_RATES[kind]), samples=samples)
     assert start.loss_after < start.loss_before
     unseen = relatives(8, 14)
-    how = {"optimizer": Adam(RATE, Schedule("cosine", 10)), "stop": Stop(10, check_every=10), "samples": samples}
-    drawn, better = (fitted(unseen, **how, init=init) for init in ("shared", start.theta0))
+    how = {"stop": Stop(10, check_every=10), "samples": samples}
+    adam = Adam(RATE, Schedule("cosine", 10))
+    assert (start.factors is None) == (kind != "metasgd")
+    scaled = adam if start.factors is None else Scaled(adam, start.factors)
+    drawn = fitted(unseen, adam, init="shared", **how)
+    better = fitted(unseen, scaled, init=start.theta0, **how)
     gained = [better[name].quality - drawn[name].quality for name in drawn]
     assert sum(gained) / len(gained) > 0.5
 
@@ -130,8 +134,9 @@ def test_learning_that_goes_wrong_says_so_with_the_way_out():
     way_out = "use a smaller learning.outer_rate, more learning.rounds, or field.init=shared"
     with pytest.raises(ValueError, match=f"loss of .* from the start that was learned, and of .*; {way_out}"):
         learned(learner=FirstOrderMAML(**SMALL, outer_rate=10.0))
-    with pytest.raises(ValueError, match=f"the fits of round . diverged from the start that is learned; {way_out}"):
-        learned(learner=FirstOrderMAML(**SMALL, outer_rate=1e30))
+    for learner in (FirstOrderMAML(**SMALL, outer_rate=1e30), MAML(**SMALL, outer_rate=1e30)):
+        with pytest.raises(ValueError, match=f"the fits of round . diverged from the start that is learned; {way_out}"):
+            learned(learner=learner)
     with pytest.raises(ValueError, match="learned from data of one kind"):
         learned([*DATA, *data_of(2, 4, 4)], learner=Reptile(**SMALL))
     with pytest.raises(ValueError, match="learned from data of one kind"):
@@ -145,3 +150,5 @@ def test_numbers_out_of_range_are_refused(kind):
             replace(LEARNERS[kind](), **{name: 0})
     with pytest.raises(ValueError, match=r"learning\.outer_rate is above 0"):
         LEARNERS[kind](outer_rate=0.0)
+    with pytest.raises(ValueError, match=r"learning\.rate_of_rates is above 0, got -1"):
+        MetaSGD(rate_of_rates=-1.0)

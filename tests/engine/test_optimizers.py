@@ -5,7 +5,7 @@ import torch
 
 from nfscale.engine import Stop, fit
 from nfscale.engine.dispatch import chosen
-from nfscale.optim import ESGD, OPTIMIZERS, SGD, SOAP, Adam, Jacobi, Muon, Regularized, Schedule, Shampoo
+from nfscale.optim import ESGD, OPTIMIZERS, SGD, SOAP, Adam, Jacobi, Muon, Regularized, Scaled, Schedule, Shampoo
 from tests.engine.fits import DATA, FIELD, SIGNAL, STEPS, assert_as_alone, calibration_of, fitted
 
 SCHEDULE = Schedule("cosine", total_steps=40, warmup=5)
@@ -18,6 +18,7 @@ NEW = {
     "shampoo": Shampoo(0.01, SCHEDULE, update_every=5),
     "soap": SOAP(0.005, SCHEDULE, update_every=5),
     "muon": Muon(0.01, SCHEDULE, adam_learning_rate=0.01),
+    "adam, scaled": Scaled(Adam(0.01, SCHEDULE, 0.3, 0.7), torch.linspace(0.5, 2, FIELD.layout.size)),
     "adam, regularized": Regularized(Adam(0.01, SCHEDULE), weight_decay=0.01, clip_norm=1.0),
     "esgd, regularized": Regularized(ESGD(0.5, SCHEDULE), weight_decay=0.01, clip_norm=1.0),
     "esgd per field, regularized": Regularized(ESGD(0.05, SCHEDULE, curvature="per_field"), clip_norm=1.0),

@@ -87,7 +87,7 @@ def test_weight_scaling_and_siren_start_alike_but_for_the_scale_and_all_methods_
 def small_starts(monkeypatch) -> learned_start.Task:
     lengths = {"drawn": (30, 40), "learned": (20,)}
     keys = {"data": 6, "rounds": 4, "tasks": 3, "inner_steps": 20}
-    monkeypatch.setattr(learned_start, "TASKS", {"photos": (lengths, keys)})
+    monkeypatch.setattr(learned_start, "TASKS", {"photos": (lengths, keys, keys | {"inner_steps": 10})})
     monkeypatch.setattr(learned_start, "CALIBRATION", 2)
     task = learned_start.task_of("photos", 6, 2)
     job = task.job.model_copy(update={"fit": task.job.fit.model_copy(update={"target": 12.0})})
@@ -99,11 +99,17 @@ def test_starts_are_compared_by_the_steps_to_the_target_and_learning_is_paid_for
     task = small_starts(monkeypatch)
     ids = [datum_id for part in (task.known, task.calibration, task.unseen) for datum_id, _ in part]
     assert len(set(ids)) == 10, "what is learned from is not what is fitted"
-    _, _, drawn, learned = (cells(row) for row in learned_start.compared_starts(task, ["reptile"], small=True))
+    kinds = ["reptile", "metasgd", "maml"]
+    _, _, drawn, learned, through, alone = (
+        cells(row) for row in learned_start.compared_starts(task, kinds, small=True)
+    )
     assert drawn[0] == "weight-scaled draw"
     steps, own = float(drawn[1]), float(learned[1])
     assert float(learned[2]) == pytest.approx(own / steps, abs=0.005)
     assert learned[5] == "180"  # half of the rounds, and one to see what they came to
+    assert (through[0], alone[0]) == ("metasgd", "maml")
+    assert through[5] == str(3 * (3 + 10) + 2 * 3 * 10), "two rounds, of which the first is shorter, and two looks"
+    assert "(0.3, 0.7)" in through[4]
     if own < steps:
         assert float(learned[6].replace(",", "")) == pytest.approx(180 / (steps - own), abs=0.5)
 
