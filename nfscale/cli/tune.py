@@ -14,7 +14,7 @@ from nfscale.datasets import seeded_sample
 from nfscale.errors import CallerError
 from nfscale.job import job_from_settings, load_job
 from nfscale.plan.front import front_picture
-from nfscale.plan.trials import RATE_FACTOR, Trials, overrides_of
+from nfscale.plan.trials import BETAS, RATE_FACTOR, Trials, overrides_of
 from nfscale.plan.tune import Reason, Tuned
 from nfscale.plan.tune import tune as tune_job
 from nfscale.store.schema import quality_text
@@ -124,7 +124,7 @@ def _job_text(job_file: Path, settings: dict[str, Any], tuned: Tuned) -> str:
 
 
 def _key_in_job(key: str) -> str:
-    return "optimizer.learning_rate" if key == RATE_FACTOR else key
+    return {RATE_FACTOR: "optimizer.learning_rate", BETAS: "optimizer.beta1"}.get(key, key)
 
 
 def _why(reason: Reason) -> str:

@@ -26,6 +26,9 @@ from nfscale.store.run_folder import Commit, Shard
 RATE_FACTOR = "learning_rate_factor"
 """Not a key of a job: what its learning rate, automatic or not, is multiplied with."""
 
+BETAS = "optimizer.betas"
+"""Not a key either: beta1 and beta2, which depend on each other."""
+
 Choices = tuple[tuple[str, Any], ...]
 """Keys of a job and their values, where they are not the job's own."""
 
@@ -52,7 +55,9 @@ def overrides_of(settings: dict[str, Any], choices: Choices) -> list[str]:
     Raises:
         CallerError: if they do not go together.
     """
-    texts = [f"{key}={json.dumps(value)}" for key, value in choices if key != RATE_FACTOR]
+    texts = [f"{key}={json.dumps(value)}" for key, value in choices if key not in (RATE_FACTOR, BETAS)]
+    if betas := dict(choices).get(BETAS):
+        texts += [f"optimizer.beta{number}={beta}" for number, beta in enumerate(betas, 1)]
     factor = dict(choices).get(RATE_FACTOR)
     if factor is None:
         return texts

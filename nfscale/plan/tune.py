@@ -15,7 +15,7 @@ from typing import Any
 
 from nfscale.errors import CallerError
 from nfscale.job import EncodeJob
-from nfscale.plan.trials import RATE_FACTOR, Choices, Outcome, Trials
+from nfscale.plan.trials import BETAS, RATE_FACTOR, Choices, Outcome, Trials
 
 _RUNG_DATA = (8, 16, 32)
 _FRESH_DATA = 32  # that had no part in the choice
@@ -27,6 +27,8 @@ _WIDTHS, _DEPTHS = (16, 32, 64, 128, 256), (1, 2, 3, 4, 5, 6)
 _SCALES = (1.0, 1.25, 1.5, 1.75, 2.0)
 _FACTORS = (0.5, 0.7, 1.4, 2.0)
 _KINDS = ("esgd", "adam", "muon")
+_BETAS = ((0.3, 0.7), (0.5, 0.9), (0.9, 0.999))
+"""Of optimisers with momentum and squares: few steps want short memories, long fits with few samples long ones."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ def moves(job: EncodeJob) -> dict[str, list[Any]]:
     found["fit.check_every"] = sorted({max(grain, every // 2 // grain * grain), 2 * every} - {every})
     if hasattr(job.optimizer, "learning_rate"):
         found[RATE_FACTOR] = list(_FACTORS)
+    if {"beta1", "beta2"} <= type(job.optimizer).model_fields.keys():
+        found[BETAS] = [betas for betas in _BETAS if betas != (job.optimizer.beta1, job.optimizer.beta2)]
     if job.optimizer.kind in _KINDS:
         found["optimizer.kind"] = [kind for kind in _KINDS if kind != job.optimizer.kind]
     return found
@@ -237,6 +241,8 @@ def _reasons(job: EncodeJob, trials: Trials, best: Choices, data: int) -> list[R
 def _own_value(job: EncodeJob, key: str) -> Any:
     if key == RATE_FACTOR:
         return 1.0
+    if key == BETAS:
+        return (job.optimizer.beta1, job.optimizer.beta2)
     section, _, name = key.partition(".")
     return getattr(getattr(job, section), name)
 

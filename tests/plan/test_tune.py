@@ -10,7 +10,7 @@ from nfscale.cli.app import app
 from nfscale.errors import CallerError
 from nfscale.job import load_job
 from nfscale.plan.front import front_picture
-from nfscale.plan.trials import RATE_FACTOR, Outcome, Trials, overrides_of
+from nfscale.plan.trials import BETAS, RATE_FACTOR, Outcome, Trials, overrides_of
 from nfscale.plan.tune import Reason, Tuned, _rank, moves, tune
 from tests.jobs import tiny_job, tiny_settings
 
@@ -89,6 +89,14 @@ def test_a_factor_multiplies_the_rate_that_the_other_choices_give(tmp_path):
     assert found[-1] == f"optimizer.learning_rate={float(f'{0.5 * adam:.3g}')}"
 
 
+def test_betas_are_chosen_together(tmp_path):
+    job = tiny_job(tmp_path / "out", "optimizer.kind=adam")
+    assert (0.9, 0.999) not in moves(job)[BETAS]
+    assert moves(job)[BETAS]
+    found = overrides_of(tiny_settings(tmp_path / "out"), ((BETAS, (0.3, 0.7)), ("optimizer.kind", "adam")))
+    assert {"optimizer.beta1=0.3", "optimizer.beta2=0.7"} < set(found)
+
+
 def test_choices_that_do_not_go_together_are_an_outcome(tmp_path):
     trials = Trials(tiny_settings(tmp_path / "out"), list(range(8)), processes=1)
     try:
@@ -122,6 +130,8 @@ def test_the_command_writes_a_job_that_can_be_encoded(tmp_path, monkeypatch):
     assert figures["cost_ratio"] > 0
     job = load_job(tmp_path / "tuned" / "tuned.yaml")
     for key, value in figures["choices"].items():
-        if key != RATE_FACTOR:
+        if key == BETAS:
+            assert [job.optimizer.beta1, job.optimizer.beta2] == value
+        elif key != RATE_FACTOR:
             section, _, name = key.partition(".")
             assert getattr(getattr(job, section), name) == value
