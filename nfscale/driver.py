@@ -15,9 +15,10 @@ from typing import Any, Protocol
 
 from nfscale.coordinator import Coordinator, Failure, Lease
 from nfscale.datasets.base import ids_digest
-from nfscale.encode import Progress, ShardReport, make_plan, new_attempt
+from nfscale.encode import Progress, ShardReport, new_attempt
 from nfscale.errors import CallerError, EncodeError, SupersededError
 from nfscale.job import EncodeJob
+from nfscale.planner import make_plan
 from nfscale.pool import Advanced, Event, Failed, Pool, Succeeded
 from nfscale.store.run_folder import ESTIMATE, Commit, Plan, RunFolder, Shard
 

@@ -1,19 +1,16 @@
-"""What a worker does: read a shard, fit it, write its rows, commit them. And what comes before: the plan.
+"""What a worker does: read a shard, fit it, write its rows, commit them.
 
 A shard is idempotent: its rows depend on the plan alone, its file has a name of its own, and of several
 attempts the first to commit counts.
 """
 
 import contextlib
-import importlib.metadata
 import os
-import platform
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,46 +22,19 @@ from torch import Tensor
 
 from nfscale import checkpoint
 from nfscale.ahead import ahead
-from nfscale.apart import read_apart
-from nfscale.datasets import Dataset, Datum, seeded_sample
-from nfscale.datasets.base import ids_digest
-from nfscale.datasets.tiled import PROBED_BLOCKS, Tiled
-from nfscale.engine import (
-    Calibration,
-    Check,
-    Fitted,
-    LearnedStart,
-    Snapshot,
-    Stop,
-    calibrate,
-    fit_and_checks,
-    learn_start,
-)
-from nfscale.engine.dispatch import StepName, chosen
-from nfscale.engine.loop import SELECTS_WITHOUT_CHECK
-from nfscale.engine.sampling import DRAWN_IN_FULL
+from nfscale.datasets import Datum
+from nfscale.engine import Check, Fitted, Snapshot
 from nfscale.engine.step import evaluate, predicted_at, stack_samples
-from nfscale.errors import CallerError, EncodeError, OutputError, SupersededError
-from nfscale.fields import Field, theta0_of
-from nfscale.job import FORMAT_VERSION, EncodeJob
-from nfscale.media import MEDIA, Medium
-from nfscale.optim import Optimizer, Scaled, Solver
+from nfscale.errors import EncodeError, OutputError, SupersededError
 from nfscale.rng import datum_seed
-from nfscale.signals import SIGNALS, Kind, Samples, Signal
-from nfscale.signals.base import Apply
-from nfscale.store.run_folder import Commit, Plan, RunFolder, Shard
+from nfscale.run import OpenRun, prepared_of
+from nfscale.signals import Kind, Samples
+from nfscale.store.run_folder import Commit, Shard
 from nfscale.store.schema import OK_STATUSES, STATUS, LabelType, Row, restored, stored, to_table, write_parquet
-from nfscale.store.table import built
 
-_SHARD_SECONDS = 15.0  # of work: what a lost worker costs, and short enough that all workers end together
-_ASSUMED_FLOPS = {"cpu": 20e9, "cuda": 10e12}  # useful rate of one worker; only decides how data are cut
-_SHARD_FIELDS = {"cpu": (4, 4096), "cuda": (64, 4096)}  # fewer would leave a batch half empty
-_MINIMUM_SHARDS = 8
 _REPORT_SECONDS = 0.5  # between two reports of progress: a message per field would cost more than it tells
 _BEAT_SECONDS = 5.0  # where there is none
 _MEASURED_TOGETHER = 16  # fields: their samples are held that long
-_PROBED_DATA = 100  # data tried until enough are readable to decide what the signal leaves open
-_DECIDING_DATA = 8  # readable ones that decide it: reading them is all that a plan costs
 
 
 @dataclass(frozen=True)
@@ -84,354 +54,6 @@ class ShardReport:
     """False if another attempt had committed before; its rows count, these are gone."""
     cut: bool = False
     """Not won, because another driver had cut the shard: its parts are what can be committed."""
-
-
-# --- the plan
-
-
-def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
-    """Everything that is decided once per run, from the job and the dataset.
-
-    Raises:
-        CallerError: if the dataset is empty or none of its first data can be read.
-    """
-    data = job.open_dataset()
-    if not data.ids:
-        raise CallerError("the dataset is empty")
-    digest, blocks = ids_digest(data.ids), job.counted_blocks(data)
-    dataset = job.blocks_of(data, blocks)
-    if (steps := job.read_steps()) is not None and steps.keys().isdisjoint(dataset.ids):
-        raise CallerError(
-            f"fit.step_plan: {job.fit.step_plan!r} names none of the {len(dataset.ids)} data of this dataset"
-        )
-    probed = _probed(job, dataset)
-    signal = probed.signal
-    fingerprint = job.fingerprint(digest)
-    job = job.settled(signal, probed.contents)
-    field = job.build_field(signal.dimensions, signal.channels)
-    samples = signal.samples(probed.contents[0])
-    if job.fit.sampling == "error" and samples.check is not None:
-        raise CallerError(f"fit.{SELECTS_WITHOUT_CHECK}")
-    if job.fit.samples == "full" and samples.source is not None:
-        raise CallerError(f"fit.{DRAWN_IN_FULL}")
-    available = samples.count
-    per_step = available if job.fit.samples == "full" else min(job.fit.samples, available)
-    optimizer = job.build_optimizer(per_step)
-    if isinstance(optimizer, Solver) and (why := optimizer.too_large(field.layout.size, per_step * signal.channels)):
-        raise CallerError(f"optimizer.kind={job.optimizer.kind} cannot be used: {why}")
-    theta0, learned, factors = None, {}, None
-    if job.field.init == "learned":
-        start = _learned_start(job, dataset, signal, field, per_step)
-        theta0, learned = start.theta0.numpy(), start.figures()
-        factors = None if start.factors is None else start.factors.numpy()
-    elif job.field.init == "shared":
-        theta0 = theta0_of(field, job.seed).numpy()
-    positions: list[int] = []
-    if job.needs_calibration:
-        wanted = job.optimizer.calibration_data
-        positions = seeded_sample(dataset.ids, 4 * wanted, job.seed, "calibration")
-    return Plan(
-        id=uuid.uuid4().hex,
-        fingerprint=fingerprint,
-        job=job.model_dump(mode="json"),
-        data_count=len(dataset.ids),
-        ids_sha256=digest,
-        label_type=probed.label_type,
-        samples_per_step=per_step,
-        shard_fields=_shard_fields(job, field, per_step * signal.points_per_sample, len(dataset.ids), device),
-        layout=field.layout,
-        forward={"field": field.forward_description(), "signal": signal.forward_description()} | job.tile_description(),
-        theta0=theta0,
-        calibration_positions=tuple(positions),
-        blocks=blocks,
-        learned=learned,
-        factors=factors,
-        versions=_versions(),
-        format=FORMAT_VERSION,
-    )
-
-
-def _learned_start(job: EncodeJob, dataset: Dataset, signal: Signal, field: Field, per_step: int) -> LearnedStart:
-    """theta0 from a sample of the dataset; a resume finds it in the plan.
-
-    Raises:
-        CallerError: if the dataset is smaller than the sample, or nothing was learned.
-    """
-    learner = job.build_learner()
-    if len(dataset.ids) < learner.data:
-        raise CallerError(
-            f"field.init=learned learns from learning.data={learner.data} data, and the dataset has "
-            f"{len(dataset.ids)}; use learning.data={len(dataset.ids)}, a larger dataset or field.init=shared"
-        )
-    positions = seeded_sample(dataset.ids, 4 * learner.data, job.seed, "learning")
-    data = _samples_of_one_kind(dataset, signal, positions, learner.data, job.fit.samples == "full")
-    if not data:
-        raise CallerError("field.init=learned: none of the data drawn to learn from can be read; use field.init=shared")
-    try:
-        return learn_start(
-            field,
-            signal,
-            data,
-            learner=learner,
-            **job.learning_rate_and_betas(per_step),
-            seed=job.seed,
-            samples=job.fit.samples,
-            sampling=job.fit.sampling,
-            step=job.fit.step,
-        )
-    except ValueError as error:
-        raise CallerError(f"field.init=learned: {error}") from error
-
-
-@dataclass(frozen=True)
-class _Probed:
-    """What the first data say of the rest."""
-
-    signal: Signal
-    contents: list[Any]
-    """The first few data that can be read."""
-    label_type: LabelType
-
-
-def _probed(job: EncodeJob, dataset: Dataset) -> _Probed:
-    """Read data until the signal and the type of the labels are decided.
-
-    The first ones; where none of them can be read, some that are spread over the dataset.
-    """
-    contents: list[Any] = []
-    labels: list[str | int] = []
-    reason = ""
-    tried = 0
-    deciding = PROBED_BLOCKS if isinstance(dataset, Tiled) else _DECIDING_DATA
-    with contextlib.closing(read_apart(dataset, _probed_positions(job, dataset))) as coming:
-        for datum in coming:
-            if tried >= _PROBED_DATA and contents:
-                break
-            tried += 1
-            if datum.label is not None:
-                labels.append(datum.label)
-            if datum.content is None:
-                reason = f"{datum.id}: {datum.error}"
-            elif len(contents) < deciding:
-                try:
-                    job.build_signal([datum.content]).samples(datum.content)
-                    contents.append(datum.content)
-                except ValueError as error:
-                    reason = f"{datum.id}: {error}"
-            if len(contents) == deciding and labels:
-                break
-    if not contents:
-        raise CallerError(f"none of {tried} data that were tried can be read; the last of them, {reason}")
-    signal = job.build_signal(contents)
-    label_type = "int64" if labels and isinstance(labels[0], int) else "string"
-    return _Probed(signal, contents, label_type)
-
-
-def _probed_positions(job: EncodeJob, dataset: Dataset) -> Iterator[int]:
-    if isinstance(dataset, Tiled):
-        yield from dataset.probe_positions()
-    first = min(_PROBED_DATA, len(dataset.ids))
-    yield from range(first)
-    if first < len(dataset.ids):
-        yield from seeded_sample(dataset.ids, 2 * _PROBED_DATA, job.seed, "probe")
-
-
-def _label(datum: Datum, label_type: LabelType) -> str | int | None:
-    """The datum's label in the type that the run has settled on; null where it is of another."""
-    if label_type == "string":
-        return None if datum.label is None else str(datum.label)
-    return datum.label if isinstance(datum.label, int) else None
-
-
-def _shard_fields(job: EncodeJob, field: Field, points: int, count: int, device: str) -> int:
-    """How many fields a shard has, by what a fit of `points` points per step costs."""
-    if job.store.shard_fields != "auto":
-        return job.store.shard_fields
-    flops = 6 * field.layout.size * points * job.fit.max_steps  # forward and backward of one fit
-    by_time = int(_SHARD_SECONDS * _ASSUMED_FLOPS[device] / flops)
-    low, high = _SHARD_FIELDS[device]
-    return max(low, min(by_time, high, -(-count // _MINIMUM_SHARDS)))
-
-
-def _versions() -> dict[str, str]:
-    packages = ("nfscale", "torch", "numpy", "pyarrow")
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found | {"python": platform.python_version()}
-
-
-# --- a run as a worker sees it
-
-
-class OpenRun:
-    """A run folder opened for work: the plan, and what is built from it, each once per process."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
-        self.plan = folder.plan()
-        self.job = EncodeJob.model_validate(self.plan.job)
-        self.signal: Signal = built(SIGNALS, self.plan.forward["signal"])
-        self.field: Field = self.job.build_field(self.signal.dimensions, self.signal.channels)
-        optimizer: Any = self.job.build_optimizer(self.plan.samples_per_step)
-        if self.plan.factors is not None:
-            optimizer = Scaled(optimizer, torch.from_numpy(self.plan.factors))
-        self.optimizer: Optimizer | Solver = optimizer
-        self.committed_at: float | None = None
-        """When this process last had rows ready to be committed, by `time.perf_counter`."""
-        if self.field.layout != self.plan.layout:
-            raise EncodeError("the field of this nfscale has another layout than the run's; use the run's version")
-
-    @cached_property
-    def apply(self) -> Callable[[Field, Tensor], Apply]:
-        """The fastest evaluation of fields in this process, equal to `plain_apply` but for rounding."""
-        step: StepName = "plain" if self.job.fit.step == "plain" else "auto"  # the fit's own may be of a GPU
-        return chosen(step, torch.device("cpu"), self.field, self.signal, self.optimizer).apply
-
-    @property
-    def medium(self) -> Medium:
-        """How the data of this run are read, written and shown."""
-        return MEDIA[self.job.signal.kind]
-
-    @cached_property
-    def dataset(self) -> Dataset:
-        """The dataset, with the ids that the plan was made for.
-
-        Raises:
-            EncodeError: if they are others by now.
-        """
-        data, blocks = self.job.open_dataset(), self.plan.blocks
-        if ids_digest(data.ids) != self.plan.ids_sha256:
-            then = self.plan.data_count if blocks is None else sum(times for times, _ in blocks)
-            raise EncodeError(
-                f"the dataset has other ids than when the run was planned ({len(data.ids)} data now, "
-                f"{then} then); data were added, removed or renamed: restore them, or use a new output"
-            )
-        return self.job.blocks_of(data, blocks)
-
-    @property
-    def theta0(self) -> Tensor | None:
-        return None if self.plan.theta0 is None else torch.from_numpy(self.plan.theta0)
-
-    @cached_property
-    def calibration(self) -> Calibration | None:
-        """What the fields share, as the run's first lease stored it."""
-        if not self.job.needs_calibration:
-            return None
-        _, step_rms, diagonal = self.folder.calibration()
-        every = self.job.optimizer.update_every
-        return Calibration(torch.from_numpy(diagonal.copy()), torch.from_numpy(step_rms.copy()), every)
-
-    @cached_property
-    def steps(self) -> dict[str, int] | None:
-        """The job's step plan, if it has one."""
-        return None if self.job.fit.step_plan is None else self.folder.steps()
-
-    def fits(
-        self, data: Iterator[tuple[str, Samples]], *, stop: Stop | None = None, resume: Snapshot | None = None
-    ) -> Iterator[Fitted | Check]:
-        """Fit data as the job says, but for where to `stop`, if that is given; see `fit_and_checks`."""
-        job, theta0 = self.job, self.theta0
-        return fit_and_checks(
-            self.field,
-            self.signal,
-            data,
-            optimizer=self.optimizer,
-            stop=stop or job.fit.stop(),
-            seed=job.seed,
-            init="per_datum" if theta0 is None else theta0,
-            samples=job.fit.samples,
-            sampling=job.fit.sampling,
-            calibration=self.calibration,
-            batch=job.fit.batch,
-            step=job.fit.step,
-            clock=time.perf_counter,
-            resume=resume,
-            step_plan=self.steps,
-        )
-
-
-def calibrate_run(run: OpenRun, positions: Sequence[int] | None = None) -> None:
-    """Estimate what the fields share and store it, put-if-absent: the first lease of a run.
-
-    Args:
-        positions: of the data to try, in place of all that the plan has drawn.
-
-    Raises:
-        EncodeError: if too few data of the calibration sample can be read.
-    """
-    calibration = calibrate(
-        run.field,
-        run.signal,
-        _calibration_samples(run, run.plan.calibration_positions if positions is None else positions),
-        optimizer=run.optimizer,  # type: ignore[arg-type] (the job refuses other kinds)
-        stop=run.job.fit.stop(),
-        seed=run.job.seed,
-        theta0=run.theta0,
-        samples=run.job.fit.samples,
-        sampling=run.job.fit.sampling,
-        step=run.job.fit.step,
-    ).to("cpu")
-    steps = [row * calibration.every for row in range(len(calibration.diagonal))]
-    if not bool(torch.isfinite(calibration.diagonal).all()):
-        raise EncodeError(
-            "the calibration diverged, so the fields would have no curvature to share; "
-            "use a smaller optimizer.learning_rate, or optimizer.kind=adam"
-        )
-    run.folder.write_calibration(steps, calibration.step_rms.numpy(), calibration.diagonal.numpy())
-
-
-def _calibration_samples(run: OpenRun, positions: Sequence[int]) -> list[tuple[str, Samples]]:
-    """Of the calibration; see `_samples_of_one_kind`."""
-    wanted = run.job.optimizer.calibration_data
-    data = _samples_of_one_kind(run.dataset, run.signal, positions, wanted, run.job.fit.samples == "full")
-    if not data:
-        raise EncodeError("none of the data drawn for the calibration can be read; see `nfscale status` after a fit")
-    return data
-
-
-def _samples_of_one_kind(
-    dataset: Dataset, signal: Signal, positions: Sequence[int], wanted: int, in_full: bool
-) -> list[tuple[str, Samples]]:
-    """The first `wanted` readable data of one kind at these positions, or all of the commonest kind."""
-    by_kind: dict[Kind, list[tuple[str, Samples]]] = {}
-    for position in positions:
-        datum = dataset.read(position)
-        prepared = prepared_of(signal, datum, in_full)
-        if isinstance(prepared, Samples):
-            prepared = replace(prepared, heldout=None)
-            group = by_kind.setdefault(prepared.kind, [])
-            group.append((datum.id, prepared))
-            if len(group) == wanted:
-                return group
-    return max(by_kind.values(), key=len, default=[])
-
-
-def prepared_of(signal: Signal, datum: Datum, in_full: bool) -> Samples | str:
-    """A datum's samples, or the reason why it has none.
-
-    Args:
-        in_full: every step takes all of them.
-    """
-    if datum.content is None:
-        return datum.error or "unreadable"
-    try:
-        samples = signal.samples(datum.content)
-        return f"fit.{DRAWN_IN_FULL}" if in_full and samples.source is not None else samples
-    except ValueError as error:
-        return str(error)
-    except MemoryError:
-        return f"{_described(datum.content)} does not fit into the worker's memory"
-
-
-def _described(content: Any) -> str:
-    return f"an array of shape {list(content.shape)}" if isinstance(content, np.ndarray) else "the datum"
-
-
-# --- a shard
 
 
 def encode_shard(
@@ -771,3 +393,10 @@ def _commit_of(
 def new_attempt() -> str:
     """A name that no other attempt has."""
     return uuid.uuid4().hex[:12]
+
+
+def _label(datum: Datum, label_type: LabelType) -> str | int | None:
+    """The datum's label in the type that the run has settled on; null where it is of another."""
+    if label_type == "string":
+        return None if datum.label is None else str(datum.label)
+    return datum.label if isinstance(datum.label, int) else None

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from nfscale.coordinator import Failure, Lease, portion
-from nfscale.encode import OpenRun, Progress, ShardReport, calibrate_run, encode_shard, new_attempt
+from nfscale.encode import Progress, ShardReport, encode_shard, new_attempt
 from nfscale.errors import NfscaleError, OutputError, SupersededError
 from nfscale.files import StoreError
+from nfscale.run import OpenRun, calibrate_run
 from nfscale.store.run_folder import RunFolder
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from nfscale.encode import OpenRun
 from nfscale.engine.step import evaluate, stack_samples
+from nfscale.run import OpenRun
 from nfscale.signals import Kind, Samples
 from nfscale.store.run_folder import Commit, RunFolder
 from nfscale.store.schema import FAILED_STATUSES, restored

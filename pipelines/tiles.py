@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from nfscale.encode import OpenRun
+from nfscale.run import OpenRun
 from nfscale.signals.tiles import Cut
 from nfscale.store import RunFolder, open_weights
 

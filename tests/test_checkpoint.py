@@ -6,8 +6,9 @@ import pytest
 
 from nfscale import checkpoint
 from nfscale.driver import open_run, serve
-from nfscale.encode import OpenRun, ShardReport, _Spent, calibrate_run, encode_shard
+from nfscale.encode import ShardReport, _Spent, encode_shard
 from nfscale.pool import InProcessPool
+from nfscale.run import OpenRun, calibrate_run
 from nfscale.store import open_weights
 from nfscale.store.run_folder import Shard
 from nfscale.verify import verify

@@ -11,10 +11,12 @@ from PIL import Image as Pillow
 
 from nfscale.coordinator import Failure, Lease
 from nfscale.driver import open_run, remaining, serve
-from nfscale.encode import OpenRun, ShardReport, encode_shard, make_plan
+from nfscale.encode import ShardReport, encode_shard
 from nfscale.errors import CallerError, EncodeError, MismatchError, SupersededError
 from nfscale.optim import SOLVERS
+from nfscale.planner import make_plan
 from nfscale.pool import InProcessPool
+from nfscale.run import OpenRun
 from nfscale.signals import Image
 from nfscale.store import open_weights
 from nfscale.store.run_folder import Commit, Shard

@@ -6,12 +6,13 @@ import torch
 
 from nfscale import encode
 from nfscale.driver import open_run
-from nfscale.encode import OpenRun, make_plan
 from nfscale.engine import LEARNERS
 from nfscale.errors import CallerError
 from nfscale.fields import theta0_of
 from nfscale.job import EncodeJob
 from nfscale.optim import Scaled
+from nfscale.planner import make_plan
+from nfscale.run import OpenRun
 from nfscale.store import open_weights
 from nfscale.verify import verify
 from tests.jobs import encode_in_process, tiny_job

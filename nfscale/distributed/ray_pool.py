@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nfscale.coordinator import Failure, Lease
-from nfscale.encode import OpenRun, Progress
+from nfscale.encode import Progress
 from nfscale.errors import CallerError, EncodeError
 from nfscale.pool import Advanced, Event, Failed, Succeeded, explained, failure_of, work_on
+from nfscale.run import OpenRun
 from nfscale.store.run_folder import RunFolder
 
 _AUTHENTICATION = "RAY_AUTH_MODE"

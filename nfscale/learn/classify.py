@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nfscale.errors import CallerError
-from nfscale.learn.readers import READERS, mlp
+from nfscale.learn.readers import READERS, Fields, mlp
 from nfscale.learn.subject import Subject
 from nfscale.learn.training import Schedule, train
 from nfscale.learn.transforms import Standardizer
@@ -114,7 +114,7 @@ def _fitted(
         scaled = standardizer = Standardizer.of(rows, subject.table.layout)
         theta0 = subject.table.theta0
         start = None if theta0 is None else torch.from_numpy(theta0)
-        model = READERS[name](subject.table.field, standardizer, start, classes)
+        model = READERS[name](Fields(subject.table.field, standardizer, start, subject.spacing), classes)
     epochs = max(1, round(_EPOCHS[name] * epochs_scale))
     return fit_classifier(model, scaled(rows), ranks[chosen], epochs, seed, _RATES.get(name, 2e-3)), scaled
 

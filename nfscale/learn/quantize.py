@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nfscale.encode import OpenRun
 from nfscale.engine.step import evaluate, stack_samples
 from nfscale.errors import CallerError
 from nfscale.layout import Layout
 from nfscale.learn.data import ALL_OK, Rows
+from nfscale.run import OpenRun
 from nfscale.signals import Kind, Samples
 from nfscale.store.table import WeightsTable
 

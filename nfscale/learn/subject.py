@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nfscale.encode import OpenRun
 from nfscale.errors import CallerError, EncodeError
 from nfscale.learn.data import ALL_OK, Labels, Rows
 from nfscale.rng import datum_seed
+from nfscale.run import OpenRun
 from nfscale.store.run_folder import RunFolder
 from nfscale.store.table import WeightsTable
 
@@ -91,6 +91,12 @@ class Subject:
         if small := [name for name, part in found.items() if len(part) < 2]:
             raise CallerError(f"{self.table.folder} has too few rows for a {small[0]} split: {len(self)} in all")
         return found
+
+    @property
+    def spacing(self) -> float:
+        """Between two samples of a datum, in a domain from -1 to 1."""
+        count = len(self.table.signal.coordinates(self.shape))
+        return 2 * count ** (-1 / self.table.field.dimensions)
 
     def require_classes(self) -> None:
         """Check that the rows have classes to tell apart.

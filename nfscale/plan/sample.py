@@ -19,12 +19,13 @@ import pyarrow.parquet as pq
 
 from nfscale.datasets import Dataset, seeded_sample
 from nfscale.difficulty import difficulties
-from nfscale.encode import OpenRun, calibrate_run, make_plan, prepared_of
 from nfscale.engine import Check
 from nfscale.errors import EncodeError
 from nfscale.job import EncodeJob
 from nfscale.plan.trials import as_worker, fitted_shard, processes_of
+from nfscale.planner import make_plan
 from nfscale.rng import datum_seed
+from nfscale.run import OpenRun, calibrate_run, prepared_of
 from nfscale.store.run_folder import Commit, Plan, RunFolder
 
 _POOL = 512  # data drawn at most

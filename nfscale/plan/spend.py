@@ -22,12 +22,13 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from nfscale.difficulty import bits_at
-from nfscale.encode import OpenRun, calibrate_run, make_plan
 from nfscale.engine.loop import LADDER_AND_PLAN
 from nfscale.errors import CallerError, EncodeError
 from nfscale.job import EncodeJob
 from nfscale.plan.sample import FittedSample, stratified
 from nfscale.plan.trials import as_worker, fitted_shard
+from nfscale.planner import make_plan
+from nfscale.run import OpenRun, calibrate_run
 from nfscale.store import RunFolder
 
 _SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)

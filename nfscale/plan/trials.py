@@ -17,9 +17,11 @@ import torch
 
 from nfscale.datasets import Dataset
 from nfscale.datasets.base import Subset
-from nfscale.encode import OpenRun, ShardReport, calibrate_run, encode_shard, make_plan, new_attempt
+from nfscale.encode import ShardReport, encode_shard, new_attempt
 from nfscale.errors import NfscaleError
 from nfscale.job import EncodeJob, job_from_settings
+from nfscale.planner import make_plan
+from nfscale.run import OpenRun, calibrate_run
 from nfscale.store import RunFolder, WeightsTable
 from nfscale.store.run_folder import Commit, Shard
 

@@ -22,7 +22,6 @@ import yaml
 from PIL import Image as PillowImage
 
 from nfscale.datasets import Dataset
-from nfscale.encode import OpenRun
 from nfscale.errors import NfscaleError
 from nfscale.media import Panel, pictures
 from nfscale.media.image import sides
@@ -30,6 +29,7 @@ from nfscale.review.gathered import Gathered, gathered
 from nfscale.review.page import rendered
 from nfscale.review.sections import sections, summary_of, unit_of
 from nfscale.review.wholes import WholeShown, wholes
+from nfscale.run import OpenRun
 from nfscale.store.run_folder import CONVERGENCE, JOB_FILE, REPORT, REVIEW_SUMMARY, WORST_TABLE, RunFolder
 from nfscale.store.schema import json_bytes
 from nfscale.store.table import WeightsTable

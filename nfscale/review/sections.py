@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from nfscale.difficulty import NAMES, SAMPLE, difficulties
-from nfscale.encode import OpenRun
 from nfscale.errors import NfscaleError
 from nfscale.review import charts
 from nfscale.review.gathered import OTHERS, Coded, Gathered
+from nfscale.run import OpenRun
 from nfscale.store.history import quality_over_seconds, quality_quantiles, sampled_histories
 from nfscale.store.run_folder import REPORT, Commit
 from nfscale.store.schema import FAILED_STATUSES

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from nfscale.datasets.tiled import Tiled
-from nfscale.encode import OpenRun
 from nfscale.errors import CallerError
 from nfscale.review.gathered import Gathered
+from nfscale.run import OpenRun
 from nfscale.signals.tiles import by_whole
 from nfscale.store.table import WeightsTable
 

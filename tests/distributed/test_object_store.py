@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from nfscale.driver import open_run, serve, totals
-from nfscale.encode import OpenRun, ShardReport, encode_shard
+from nfscale.encode import ShardReport, encode_shard
 from nfscale.pool import InProcessPool
+from nfscale.run import OpenRun
 from nfscale.store import RunFolder, open_weights
 from nfscale.verify import verify
 from tests.jobs import encode_in_process, tiny_job, tiny_settings

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from nfscale.encode import make_plan
+from nfscale.planner import make_plan
 from nfscale.store import WeightsTable, open_weights
 from nfscale.store.run_folder import RunFolder
 from nfscale.store.schema import StoreDtype, stored

@@ -7,7 +7,7 @@ import torch
 from nfscale.errors import CallerError
 from nfscale.fields import MLP
 from nfscale.learn.classify import Accuracy, classify
-from nfscale.learn.readers import READERS, EquivariantReader
+from nfscale.learn.readers import READERS, EquivariantReader, Fields
 from nfscale.learn.subject import Subject
 from nfscale.learn.transforms import Standardizer
 from tests.learn.tables import made_table
@@ -85,7 +85,7 @@ def test_the_equivariant_reader_does_not_see_the_order_of_neurons():
     model = EquivariantReader(field.layout, 5).eval()
     assert torch.allclose(model(permuted(field.layout, rows)), model(rows), atol=1e-5)
     assert not torch.allclose(model(rows.flip(1)), model(rows), atol=1e-3)
-    other = READERS["mlp"](field, Standardizer.of(rows, field.layout), None, 5).eval()
+    other = READERS["mlp"](Fields(field, Standardizer.of(rows, field.layout), None, 0.1), 5).eval()
     assert not torch.allclose(other(permuted(field.layout, rows)), other(rows), atol=1e-3)
     with pytest.raises(CallerError, match="equivariant reader takes MLPs"):
         EquivariantReader(MLP(2, 1, 8, 2, activation="gabor").layout, 5)
@@ -95,7 +95,7 @@ def test_the_probe_reads_what_the_field_says(subject):
     """Its gradient reaches the coordinates, and it sees functions: permuting neurons changes nothing."""
     table = subject.table
     standardizer = Standardizer.of(subject.weights, table.layout)
-    model = READERS["probe"](table.field, standardizer, torch.from_numpy(table.theta0), 3).eval()
+    model = READERS["probe"](Fields(table.field, standardizer, torch.from_numpy(table.theta0), 0.1), 3).eval()
     raw = subject.raw(subject.weights[:4])
     moved = permuted(table.layout, raw) - torch.from_numpy(table.theta0)
     assert torch.allclose(model(standardizer(moved)), model(standardizer(subject.weights[:4])), atol=1e-3)

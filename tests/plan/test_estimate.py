@@ -8,11 +8,12 @@ import pyarrow as pa
 import pytest
 
 from nfscale.difficulty import difficulties
-from nfscale.encode import OpenRun, make_plan
 from nfscale.errors import CallerError
 from nfscale.plan import actual, estimate
 from nfscale.plan.estimate import _MACHINE, CONFIDENCE, _Resampled, _share, reckoned
 from nfscale.plan.sample import FittedSample, _evenly, _spread_order, fitted_sample, stratified
+from nfscale.planner import make_plan
+from nfscale.run import OpenRun
 from nfscale.store import WeightsTable
 from nfscale.store.run_folder import Commit, RunFolder
 from tests.jobs import encode_in_process, tiny_job

@@ -10,10 +10,10 @@ from nfscale.cli.decode import decode
 from nfscale.datasets import DATASETS, tiled
 from nfscale.datasets.base import ids_digest
 from nfscale.driver import open_run
-from nfscale.encode import OpenRun
 from nfscale.errors import CallerError
 from nfscale.media.image import read_image
 from nfscale.review import make_report
+from nfscale.run import OpenRun
 from nfscale.signals import Clip, Sound, Voxels
 from nfscale.store import open_weights
 from nfscale.store.run_folder import Plan
