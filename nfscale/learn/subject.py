@@ -96,7 +96,7 @@ class Subject:
     def spacing(self) -> float:
         """Between two samples of a datum, in a domain from -1 to 1."""
         count = len(self.table.signal.coordinates(self.shape))
-        return 2 * count ** (-1 / self.table.field.dimensions)
+        return 2 * count ** (-1 / self.table.signal.dimensions)
 
     def require_classes(self) -> None:
         """Check that the rows have classes to tell apart.
