@@ -17,7 +17,7 @@ from nfscale.cli.progress import ProgressDisplay
 from nfscale.datasets import DATASETS
 from nfscale.driver import Share, Summary, open_run, serve, totals
 from nfscale.engine.sampling import Sampling
-from nfscale.errors import ExitCode, NfscaleError, SupersededError
+from nfscale.errors import CallerError, ExitCode, NfscaleError, SupersededError
 from nfscale.fields import FIELDS
 from nfscale.fields.activations import ACTIVATIONS
 from nfscale.fields.encodings import ENCODINGS
@@ -201,11 +201,22 @@ def _nodes(job: EncodeJob) -> Callable[[], dict[str, dict[str, float]]]:
 
 
 def _device(job: EncodeJob) -> str:
-    """What the workers will compute on: a head without GPUs plans for those of its cluster."""
+    """What the workers will compute on: a head without GPUs plans for those of its cluster.
+
+    Raises:
+        CallerError: if the workers are to have GPUs, and there is nothing but this machine, which has none.
+    """
     import torch
 
     asks_for_gpus = job.workers != 0 and job.workers_per_gpu not in (0, "auto")
-    return "cuda" if asks_for_gpus or torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if asks_for_gpus and not os.environ.get("RAY_ADDRESS"):
+        raise CallerError(
+            f"workers_per_gpu={job.workers_per_gpu} asks for GPUs, and this machine has none; leave it out, or give "
+            "the address of a cluster (RAY_ADDRESS)"
+        )
+    return "cuda" if asks_for_gpus else "cpu"
 
 
 def _seconds(summary: Summary, started: float) -> dict[str, float]:

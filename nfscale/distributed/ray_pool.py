@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from nfscale.coordinator import Failure, Lease
 from nfscale.encode import Progress
-from nfscale.errors import CallerError, EncodeError
+from nfscale.errors import EncodeError
 from nfscale.pool import Advanced, Event, Failed, Succeeded, explained, failure_of, work_on
 from nfscale.run import OpenRun
 from nfscale.store.run_folder import RunFolder
@@ -72,7 +72,6 @@ class RayPool:
                 alone; "auto" for one on each where there are GPUs.
 
         Raises:
-            CallerError: if a local Ray is to have GPUs, and this machine has none.
             EncodeError: if Ray does not answer.
         """
         self._on_cluster = bool(os.environ.get("RAY_ADDRESS"))
@@ -96,11 +95,6 @@ class RayPool:
         self._draining: set[str] = set()
         self._looked = self._served = time.monotonic()
         self._resources: dict[str, Any] = ray.cluster_resources()
-        if not self._on_cluster and self._uses_gpus and not self._resources.get("GPU"):
-            raise CallerError(
-                f"workers_per_gpu={workers_per_gpu} asks for GPUs, and this machine has none; leave it out, or "
-                "give the address of a cluster (RAY_ADDRESS)"
-            )
         self._reconcile()
 
     def _connect(self) -> None:

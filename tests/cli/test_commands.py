@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -41,6 +42,16 @@ def test_encode_prints_figures_and_where_to_look(home):
     assert figures["fields"] == figures["fitted_here"] == 48
     assert sorted(p.name for p in home.iterdir()) == ["encode.json", "encode.txt", "job.yaml", "runs"], "and no more"
     assert sorted(p.name for p in (home / "runs").iterdir()) == ["mlartifacts", "mlruns.db", "tiny"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_gpus_is_not_asked_for_them(home, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    keys = (f"output={tmp_path / 'run'}", "workers=1", "workers_per_gpu=2")
+    refused = nfscale("encode", home / "job.yaml", *keys, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "workers_per_gpu=2 asks for GPUs, and this machine has none" in refused.stderr
+    assert list(tmp_path.iterdir()) == [], "nothing is written"
 
 
 def test_encode_on_a_finished_run_does_nothing(home):

@@ -8,9 +8,8 @@ import pytest
 from nfscale.coordinator import Failure, Lease
 from nfscale.distributed import RayPool
 from nfscale.driver import open_run
-from nfscale.errors import CallerError, EncodeError
+from nfscale.errors import EncodeError
 from nfscale.pool import Failed
-from nfscale.store.run_folder import RunFolder
 from tests.jobs import tiny_job
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -92,15 +91,6 @@ def test_what_is_waited_for_is_told_after_a_while():
     (worker,) = pool._workers.values()
     worker.starting = None
     assert pool.waiting() is None
-
-
-def test_a_machine_without_gpus_is_not_asked_for_them(monkeypatch):
-    pytest.importorskip("ray")
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("ray.is_initialized", lambda: True)
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
-    with pytest.raises(CallerError, match="workers_per_gpu=2 asks for GPUs, and this machine has none"):
-        RayPool(RunFolder("runs/none"), workers=1, workers_per_gpu=2)
 
 
 def test_no_more_workers_are_kept_than_are_of_use_and_none_that_is_at_work_is_let_go():
