@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nfscale import encode
+from nfscale import planner
 from nfscale.driver import open_run
 from nfscale.engine import LEARNERS
 from nfscale.errors import CallerError
@@ -76,7 +76,7 @@ def test_a_resume_does_not_learn_again(tmp_path, monkeypatch, kind):
     def again(*arguments, **options):
         raise AssertionError("a resume learned again")
 
-    monkeypatch.setattr(encode, "learn_start", again)
+    monkeypatch.setattr(planner, "learn_start", again)
     folder, summary = encode_in_process(job)
     assert summary.fields == 48
     assert np.array_equal(folder.plan().theta0, plan.theta0)
