@@ -8,18 +8,16 @@ rate decay w beside the optimiser's own update, at the rate of the same step.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from nfscale.layout import Params
-from nfscale.optim.base import Extra, Need, Optimizer, SeveralRates, State, map_params, step_size, times
-from nfscale.optim.schedules import Schedule
+from nfscale.optim.base import Extra, SeveralRates, State, map_params, step_size, times
+from nfscale.optim.wrapped import Wrapped
 
 
 @dataclass(frozen=True)
-class Regularized:
+class Regularized(Wrapped):
     """An optimiser with clipped gradients, weights that decay, or both. Steps that know the inner one refuse it."""
 
-    inner: Optimizer
     weight_decay: float = 0.0
     """Per unit of the learning rate; of all params, biases included."""
     clip_norm: float | None = None
@@ -30,32 +28,6 @@ class Regularized:
             raise ValueError(f"weight_decay is at least 0, got {self.weight_decay}")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm is above 0, or null for none, got {self.clip_norm}")
-
-    @property
-    def learning_rate(self) -> float:
-        return self.inner.learning_rate
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.inner.schedule
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return self.inner.needs
-
-    @property
-    def elementwise(self) -> bool:
-        return self.inner.elementwise
-
-    @property
-    def update_every(self) -> int:
-        return getattr(self.inner, "update_every", 1)
-
-    def init(self, params: Params) -> State:
-        return self.inner.init(params)
-
-    def wants_curvature(self, step: Tensor) -> Tensor:
-        return self.inner.wants_curvature(step)
 
     def update(self, grads: Params, state: State, params: Params, extra: Extra) -> tuple[Params, State]:
         if self.clip_norm is not None:

@@ -8,43 +8,16 @@ import torch
 from torch import Tensor
 
 from nfscale.layout import Params
-from nfscale.optim.base import Extra, Need, Optimizer, State
-from nfscale.optim.schedules import Schedule
+from nfscale.optim.base import Extra, State
+from nfscale.optim.wrapped import Wrapped
 
 
 @dataclass(frozen=True, eq=False)
-class Scaled:
+class Scaled(Wrapped):
     """Updates of an optimiser times a factor of each param, which fields share. Fast steps leave them to torch."""
 
-    inner: Optimizer
     factors: Tensor
     """float32 [P], on the CPU: they stay as they are over a run, and so over restarts and resumption."""
-
-    @property
-    def learning_rate(self) -> float:
-        return self.inner.learning_rate
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.inner.schedule
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return self.inner.needs
-
-    @property
-    def elementwise(self) -> bool:
-        return self.inner.elementwise
-
-    @property
-    def update_every(self) -> int:
-        return getattr(self.inner, "update_every", 1)
-
-    def init(self, params: Params) -> State:
-        return self.inner.init(params)
-
-    def wants_curvature(self, step: Tensor) -> Tensor:
-        return self.inner.wants_curvature(step)
 
     def update(self, grads: Params, state: State, params: Params, extra: Extra) -> tuple[Params, State]:
         updates, state = self.inner.update(grads, state, params, extra)
