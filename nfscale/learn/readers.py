@@ -192,8 +192,8 @@ def _spread(points: int, dimensions: int) -> Tensor:
 
 
 _SHIFT = 0.03
-"""Of a domain from -1 to 1. On digits of 28 pixels 0.03 is worth 2.4 points of accuracy and 0.06 2.7; on digits of 8
-pixels 0.125 costs a point. Never more than half a sample, which is little for sounds."""
+"""Of a domain from -1 to 1: 94.0 to 95.6 % on five splits of digits of 28 pixels (`python -m
+pipelines.mnist_generate`). Never more than half a sample, which is little for sounds."""
 
 
 @dataclass(frozen=True)
