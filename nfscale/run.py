@@ -115,6 +115,7 @@ class OpenRun:
             calibration=self.calibration,
             batch=job.fit.batch,
             step=job.fit.step,
+            precision=job.fit.precision,
             clock=time.perf_counter,
             resume=resume,
             step_plan=self.steps,
@@ -141,6 +142,7 @@ def calibrate_run(run: OpenRun, positions: Sequence[int] | None = None) -> None:
         samples=run.job.fit.samples,
         sampling=run.job.fit.sampling,
         step=run.job.fit.step,
+        precision=run.job.fit.precision,
     ).to("cpu")
     steps = [row * calibration.every for row in range(len(calibration.diagonal))]
     if not bool(torch.isfinite(calibration.diagonal).all()):

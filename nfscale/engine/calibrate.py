@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nfscale.engine.dispatch import StepName, chosen
+from nfscale.engine.dispatch import PrecisionName, StepName, chosen
 from nfscale.engine.result import Stop
 from nfscale.engine.sampling import DRAWN_IN_FULL, Sampler, Sampling, fetched, fetched_steps
 from nfscale.engine.step import evaluate, stack_samples, training_samples
@@ -62,6 +62,7 @@ def calibrate(
     samples: int | Literal["full"] = "full",
     sampling: Sampling = "stratified",
     step: StepName = "auto",
+    precision: PrecisionName = "auto",
     device: torch.device | str | None = None,
 ) -> Calibration:
     """Fit a sample of data together and record what they share as it changes.
@@ -73,7 +74,7 @@ def calibrate(
         data: (id, samples) pairs of one sample count; 32 are enough for photographs. What they hold back is not
             looked at.
         theta0: float32 [P], the params that all fields start from; by default those of `fit` for this seed.
-        samples, sampling, step: as in `fit`; sampling="error" is here "stratified".
+        samples, sampling, step, precision: as in `fit`; sampling="error" is here "stratified".
 
     Raises:
         ValueError: if the data have different sample counts, or there are none, or steps cannot take all of their
@@ -89,7 +90,7 @@ def calibrate(
     if len({part.kind for _, part in data}) != 1:
         raise ValueError("a calibration takes data that agree in what they are checked on and in having masks")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    taken = chosen(step, device, field, signal, optimizer)
+    taken = chosen(step, device, field, signal, optimizer, precision)
     data = data if len(data) > 1 else [data[0]] * 2  # a lone field rounds differently
     batch = stack_samples([part for _, part in data], device)
     seeds = as_tensor([datum_seed(seed, datum_id) for datum_id, _ in data], device)

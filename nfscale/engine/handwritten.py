@@ -5,13 +5,14 @@ On a CPU a chunk of fields takes all its steps before the next chunk begins, so 
 are in `handwritten_passes`, what the optimisers do in `handwritten_updates`.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from nfscale.engine.handwritten_passes import Passes, Plan, forward
 from nfscale.engine.handwritten_updates import knows, probe_words, update_of
+from nfscale.engine.products import Precision
 from nfscale.engine.sampling import Sampler
 from nfscale.engine.step import not_siren
 from nfscale.fields import MLP, Field
@@ -47,27 +48,34 @@ def refusal(device: torch.device, field: Field, signal: Signal) -> str | None:
 
 
 @torch.no_grad()
-def handwritten_gradient(field: Field, signal: Signal, rows: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
+def handwritten_gradient(
+    field: Field, signal: Signal, rows: Tensor, samples: Samples, precision: Precision = "float32"
+) -> tuple[Tensor, Tensor]:
     """Losses [F] and gradients [F, P] of rows of weights [F, P] on a batch of samples [F, N, ...]."""
-    losses, gradients, _ = _evaluated(field, rows, samples, None)
+    losses, gradients, _ = _evaluated(field, rows, samples, None, precision)
     return losses, gradients
 
 
 @torch.no_grad()
 def handwritten_gradient_and_hvp(
-    field: Field, signal: Signal, rows: Tensor, samples: Samples, probe: Tensor
+    field: Field,
+    signal: Signal,
+    rows: Tensor,
+    samples: Samples,
+    probe: Tensor,
+    precision: Literal["float32", "tf32"] = "float32",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [F], gradients [F, P] and Hessian-vector products [F, P] with probes [F, P]."""
-    losses, gradients, products = _evaluated(field, rows, samples, probe)
+    losses, gradients, products = _evaluated(field, rows, samples, probe, precision)
     assert products is not None
     return losses, gradients, products
 
 
 def _evaluated(
-    field: Field, rows: Tensor, samples: Samples, probe: Tensor | None
+    field: Field, rows: Tensor, samples: Samples, probe: Tensor | None, precision: Precision
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     plan = _plan(field, samples, len(rows), rows)
-    workspaces = _Workspaces(plan, rows, with_products=probe is not None)
+    workspaces = _Workspaces(plan, rows, probe is not None, precision)
     losses, gradients = rows.new_empty(len(rows)), torch.empty_like(rows)
     products = None if probe is None else torch.empty_like(rows)
     for chunk, index, moving in _chunks(plan, list(range(len(rows))), rows.device):
@@ -112,12 +120,13 @@ def handwritten_steps(
     count: int,
     fields: list[int],
     lengths: Tensor | None = None,
+    precision: Precision = "float32",
 ) -> None:
     """`count` steps of some fields of a batch, in place; arguments as those of `native.native_steps`."""
     taken = sampler.available if sampler.is_full else sampler.per_step
     plan = _plan(field, samples, len(fields), rows, taken)
     probes = probe_words(optimizer, field.layout.size, seeds, steps, count)
-    workspaces = _Workspaces(plan, rows, with_products=probes is not None)
+    workspaces = _Workspaces(plan, rows, probes is not None, precision)
     for chunk, index, moving in _chunks(plan, fields, rows.device):
         passes = workspaces.of(chunk)
         plan.pack(rows[index], passes.rows)
@@ -157,13 +166,14 @@ def _plan(field: Field, samples: Samples, fields: int, rows: Tensor, points: int
 class _Workspaces:
     """Passes by the number of fields of a chunk, of which there are at most two."""
 
-    def __init__(self, plan: Plan, like: Tensor, with_products: bool) -> None:
+    def __init__(self, plan: Plan, like: Tensor, with_products: bool, precision: Precision) -> None:
         self._made: dict[int, Passes] = {}
         self._plan, self._like, self._with_products = plan, like, with_products
+        self._precision: Precision = precision
 
     def of(self, chunk: list[int]) -> Passes:
         if len(chunk) not in self._made:
-            self._made[len(chunk)] = Passes(self._plan, len(chunk), self._like, self._with_products)
+            self._made[len(chunk)] = Passes(self._plan, len(chunk), self._like, self._with_products, self._precision)
         return self._made[len(chunk)]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nfscale.engine.batch import MINIMUM_SLOTS, Batch, Slot
 from nfscale.engine.calibrate import Calibration
-from nfscale.engine.dispatch import Step, StepName, chosen
+from nfscale.engine.dispatch import PrecisionName, Step, StepName, chosen
 from nfscale.engine.memory import batch_slots, estimated_field_bytes, is_out_of_memory, measured_field_bytes
 from nfscale.engine.problem import unsolvable
 from nfscale.engine.result import Fitted, Result, Stop
@@ -91,6 +91,7 @@ def fit_and_checks(
     calibration: Calibration | None = None,
     batch: int | Literal["auto"] = "auto",
     step: StepName = "auto",
+    precision: PrecisionName = "auto",
     device: torch.device | str | None = None,
     clock: Callable[[], float] | None = None,
     observe: Callable[[Check], None] | None = None,
@@ -112,6 +113,8 @@ def fit_and_checks(
         step: "plain" (autograd), "torch" (without autograd), "native" (C++, on a CPU) or "fused" (Triton, on a GPU,
             float16 products); "auto" takes the fastest that serves, see `nfscale.engine.dispatch`. They agree to
             rounding.
+        precision: of the products between hidden layers: "float32"; on a GPU "tf32" or "float16" operands, both with
+            11 bits; "auto" is float16 in the fused step up to weight scale 3, float32 otherwise.
         clock: seconds, for `wall_seconds`; without one they stay 0.
         observe: called after each check.
         resume: fields that go on from where a check had them; data that are not among them start as ever.
@@ -119,8 +122,9 @@ def fit_and_checks(
             holds for data that are not in it. Multiples of `stop.check_every`.
 
     Raises:
-        ValueError: if the optimiser needs a calibration and none is given, the step cannot serve what it is given,
-            a solver cannot (for the sizes of the data, once they are read), or a number is out of its range.
+        ValueError: if the optimiser needs a calibration and none is given, the step cannot serve what it is given
+            or has not this precision, a solver cannot (for the sizes of the data, once they are read), or a number is
+            out of its range.
     """
     _refuse_bad(optimizer, stop, samples, sampling, batch)
     if step_plan is not None:
@@ -141,7 +145,7 @@ def fit_and_checks(
         sampling=sampling,
         calibration=calibration.to(device) if calibration is not None else None,
         batch=batch,
-        step=chosen(step, device, field, signal, optimizer),
+        step=chosen(step, device, field, signal, optimizer, precision),
         device=device,
         clock=clock or (lambda: 0.0),
         observe=observe or (lambda check: None),
