@@ -8,6 +8,9 @@ steps of Adam with its automatic rate and cosine decay: `psnr_difference_db` is 
 the step that nfscale takes less that of plain steps in single precision, both cut at 58.9 dB, the rounding of 8 bits:
 small images are fitted to the last bit of a float, where steps in single precision differ by decibels, too. All images
 are sums of waves.
+
+Of few fields (the workload `few`) the step of torch is timed twice: `replayed` as a CUDA graph, which is how it is
+taken, and `launched`, one kernel after the other.
 """
 
 import argparse
@@ -18,7 +21,7 @@ from typing import Any
 import torch
 
 from nfscale.benchmark.naive import MakeMethod
-from nfscale.benchmark.ours import Ours
+from nfscale.benchmark.ours import Ours, launched
 from nfscale.benchmark.step import (
     METHODS,
     Machine,
@@ -43,8 +46,11 @@ WORKLOADS = {
     "cifar": Workload(4224, 32**2, width=64, depth=2, channels=3),
     "64": Workload(1056, 64**2, width=64, depth=3, channels=3),
     "128": Workload(264, 128**2, width=64, depth=3, channels=3),
+    "few": Workload(64, 28**2, width=32, depth=2),
 }
-_METHODS = ("loop", "vmap", "compile", "jax", "nfscale")
+_GRAPHS: dict[str, MakeMethod] = {"replayed": partial(Ours, step="torch"), "launched": launched}
+_OF_GRAPHS = "few"
+_METHODS = ("loop", "vmap", "compile", "jax", "nfscale", *_GRAPHS)
 _FITTED = 16  # fields whose quality is compared
 _ROUNDING_DB = 58.9
 _PRODUCT_SIDE = 8192
@@ -60,7 +66,11 @@ template <typename T> T turned(T phase) {{
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workloads", default=",".join(WORKLOADS), help="default: %(default)s")
-    parser.add_argument("--methods", default=None, help=f"of {', '.join(_METHODS)}, or all (default: all but compile)")
+    parser.add_argument(
+        "--methods",
+        default=None,
+        help=f"of {', '.join(_METHODS)}, or all (default: all but compile, those of graphs for {_OF_GRAPHS})",
+    )
     parser.add_argument("--step", default="auto", help="the step that nfscale takes, as in fit.step (default: auto)")
     parser.add_argument("--fitted", type=int, default=_FITTED, help="fields fitted whole (default: %(default)s)")
     add_common_arguments(parser, device="cuda")
@@ -72,10 +82,12 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     workloads = workloads_named(arguments.workloads, arguments.fields, WORKLOADS)
     methods = methods_named(arguments.methods, "cuda", _METHODS)
     refuse_step(arguments.step, machine.device)
-    made: dict[str, MakeMethod] = {**METHODS, "nfscale": partial(Ours, step=arguments.step)}
+    made: dict[str, MakeMethod] = {**METHODS, **_GRAPHS, "nfscale": partial(Ours, step=arguments.step)}
     rows = []
     for name, workload in workloads.items():
-        timed = measured(name, workload, {method: made[method] for method in methods}, machine, arguments.rounds)
+        more = _GRAPHS if name == _OF_GRAPHS and arguments.methods is None else ()
+        taken = {method: made[method] for method in [*methods, *more]}
+        timed = measured(name, workload, taken, machine, arguments.rounds)
         limit_ms = _limit_ms(workload, machine)
         quality = _qualities(workload, arguments.step, arguments.fitted, machine) if arguments.fitted else {}
         rows += [_row(row, limit_ms, quality if row["method"] == "nfscale" else {}) for row in timed]

@@ -10,6 +10,7 @@ from nfscale.benchmark.workloads import Problem
 from nfscale.engine import Calibration
 from nfscale.engine.batch import MINIMUM_SLOTS, Batch, Slot
 from nfscale.engine.dispatch import Step, StepName, chosen
+from nfscale.engine.handwritten import handwritten_steps
 from nfscale.engine.memory import batch_slots, measured_field_bytes
 from nfscale.optim import Adam, Optimizer, Schedule
 
@@ -69,6 +70,13 @@ class Ours:
 
     def rows(self) -> Tensor:
         return torch.cat([batch.rows[batch.occupied] for batch in self._batches])
+
+
+def launched(problem: Problem) -> Ours:
+    """The step of torch on a GPU whose kernels are launched one by one, also where it would replay a record of them."""
+    optimizer = constant_adam(problem.learning_rate)
+    step = chosen("torch", problem.rows.device, problem.field, problem.signal, optimizer)
+    return Ours(problem, replace(step, advance=handwritten_steps))
 
 
 def one_by_one(step: Step) -> Step:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from nfscale.engine import fused, fused_trial, handwritten, native
+from nfscale.engine.recorded import Recorded
 from nfscale.engine.step import plain_apply, plain_gradient, plain_gradient_and_hvp
 from nfscale.engine.updates import knows
 from nfscale.fields import Field
@@ -159,13 +160,16 @@ def _torch(
 ) -> Step | str | None:
     if why := handwritten.refusal(device, field, signal):
         return why
-    products = precision if precision in _OF_A_GPU else None
-    takes_all = handwritten.knows(optimizer) and not (products == "float16" and "hv" in optimizer.needs)
+    products: Any = precision if precision in _OF_A_GPU else None
+    advance: Callable[..., None] | None = None
+    if handwritten.knows(optimizer) and not (products == "float16" and "hv" in optimizer.needs):
+        on_cuda = device.type == "cuda"
+        advance = Recorded(products or "float32") if on_cuda else handwritten.handwritten_steps
     return Step(
         "torch",
         _in(products, handwritten.handwritten_gradient),
         handwritten.handwritten_apply,
-        _in(products, handwritten.handwritten_steps) if takes_all else None,
+        advance,
         _in(products if products == "tf32" else None, handwritten.handwritten_gradient_and_hvp),
     )
 
