@@ -5,10 +5,10 @@ import threading
 import pytest
 import torch
 
-from nfscale import MLP, Adam, Image, Schedule, Stop
+from nfscale import MLP, Adam, Image, Schedule, Stop, fit
 from nfscale.ahead import ahead
-from nfscale.engine import fit_and_checks, staging
-from nfscale.engine.loop import Check
+from nfscale.engine import loop, staging
+from nfscale.engine.memory import measured_field_bytes
 from nfscale.engine.staging import Staged
 from nfscale.signals import Samples
 from tests.engine.fits import smooth_image
@@ -28,29 +28,38 @@ def data() -> list[tuple[str, Samples]]:
     return [(f"{n}-{rows}", SIGNAL.samples(smooth_image(n, rows, 16))) for rows in (16, 20) for n in range(23)]
 
 
-def fitted(coming, batch: int | str, samples: int | str) -> tuple[dict[str, torch.Tensor], set[int]]:
-    """Weights by id, and how many slots there were."""
-    weights, slots = {}, set()
+def fitted(coming, batch: int | str, samples: int | str) -> dict[str, torch.Tensor]:
+    """Weights by id."""
     options = {"optimizer": ADAM, "stop": Stop(100, check_every=20), "seed": 0, "device": "cuda", "step": "torch"}
-    for event in fit_and_checks(FIELD, SIGNAL, coming, batch=batch, samples=samples, **options):
-        if isinstance(event, Check):
-            slots.add(event.slots)
-        else:
-            weights[event.id] = event.weights
-    return weights, slots
+    found = fit(FIELD, SIGNAL, coming, batch=batch, samples=samples, **options)
+    return {one.id: one.weights for one in found}
 
 
-@pytest.mark.parametrize("batch", [4, "auto"])
-@pytest.mark.parametrize("samples", ["full", 64])
-def test_fits_of_staged_data_are_the_same_bits(samples, batch):
+def staged_in_a_thread():
     stage = staging.staging("cuda")
-    directly, slots = fitted(data(), batch, samples)
-    coming = ahead(((datum_id, stage(part)) for datum_id, part in data()), lambda datum: datum[1].host.bytes)
-    staged, slots_then = fitted(coming, batch, samples)
-    assert slots_then == slots, "what a field takes is measured without what its reader allocates"
+    return ahead(((datum_id, stage(part)) for datum_id, part in data()), lambda datum: datum[1].host.bytes)
+
+
+@pytest.mark.parametrize("samples", ["full", 64])
+def test_fits_of_staged_data_are_the_same_bits(samples):
+    directly, staged = fitted(data(), 4, samples), fitted(staged_in_a_thread(), 4, samples)
     assert staged.keys() == directly.keys()
     for datum_id, weights in directly.items():
         assert torch.equal(staged[datum_id], weights)
+
+
+def test_what_a_field_takes_is_measured_without_what_its_reader_allocates(monkeypatch):
+    measured = []
+
+    def noted(*given):
+        measured.append(measured_field_bytes(*given))
+        return measured[-1]
+
+    monkeypatch.setattr(loop, "measured_field_bytes", noted)
+    fitted(data(), "auto", 64)
+    fitted(staged_in_a_thread(), "auto", 64)
+    first, second, *staged = (one.total for one in measured)
+    assert staged == pytest.approx([first, second], rel=0.1)
 
 
 def test_what_arrives_is_what_was_read_and_on_the_device():
