@@ -12,7 +12,7 @@ First layers are no business of these: phases of many turns need all their bits.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -83,13 +83,14 @@ def products_of(precision: Precision) -> Products:
 
 @contextmanager
 def _in_tf32() -> Iterator[None]:
-    switch = torch.backends.cuda.matmul
-    before = switch.fp32_precision
-    switch.fp32_precision = "tf32"
+    switch: Any = torch.backends.cuda.matmul
+    name, on = ("fp32_precision", "tf32") if hasattr(switch, "fp32_precision") else ("allow_tf32", True)  # torch < 2.9
+    before = getattr(switch, name)
+    setattr(switch, name, on)
     try:
         yield
     finally:
-        switch.fp32_precision = before
+        setattr(switch, name, before)
 
 
 @lru_cache

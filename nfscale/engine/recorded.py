@@ -9,6 +9,7 @@ random numbers or on the optimiser's schedule is computed before, into the input
 (loading kernels, asking what a library can do) is never the one that is recorded. Other threads may use the device.
 """
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
@@ -67,10 +68,15 @@ class CudaGraph:
 
     def record(self, body: Callable[[], None]) -> None:
         with torch.cuda.device(self._device):
-            before = torch.cuda.current_stream()
+            before, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
             try:
-                with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
+                with torch.cuda.graph(self._graph, pool, self._stream, capture_error_mode="thread_local"):
                     body()
+            except BaseException:
+                # Before 2.13 torch's allocator takes it for under way for ever: github.com/pytorch/pytorch/pull/180395
+                with contextlib.suppress(Exception):
+                    torch._C._cuda_endAllocateToPool(before.device_index, pool)
+                raise
             finally:
                 torch.cuda.set_stream(before)  # which a record that fails would leave changed
 

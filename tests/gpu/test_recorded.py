@@ -154,6 +154,10 @@ def advance(batch: Batch, times: int) -> None:
         batch.advance(10)
 
 
+@pytest.mark.skipif(
+    torch.torch_version.TorchVersion(torch.__version__) < (2, 13),
+    reason="a record that fails harms the allocator of torch before 2.13, and with it the other tests",
+)
 def test_a_record_that_fails_is_said_once_and_steps_go_on():
     class Waits(Counted):
         def record(self, body):
