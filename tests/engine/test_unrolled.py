@@ -15,14 +15,13 @@ from nfscale.fields import theta0_of
 from nfscale.optim import Adam, Scaled, Schedule
 from nfscale.rng import as_tensor, datum_seed
 from nfscale.signals import Samples
-from tests.engine.fits import DATA, FIELD, SEED, SIGNAL, fitted
+from tests.engine.fits import DATA, FACTORS, FIELD, SEED, SIGNAL, fitted
 
 RATE, BETAS, COUNT = 0.01, (0.3, 0.7), 10
 CPU = torch.device("cpu")
 SAMPLES = stack_samples([samples for _, samples in DATA], CPU)
 SEEDS = as_tensor([datum_seed(SEED, datum_id) for datum_id, _ in DATA], CPU)
 THETA0 = theta0_of(FIELD, SEED)
-FACTORS = torch.linspace(0.5, 2, FIELD.layout.size)
 STARTS = THETA0.repeat(5, 1), FACTORS.repeat(5, 1)
 
 
