@@ -22,8 +22,7 @@ from typing import Any, Literal
 from nfscale.coordinator import Failure, Lease
 from nfscale.encode import Progress
 from nfscale.errors import EncodeError
-from nfscale.pool import Advanced, Event, Failed, Succeeded, explained, failure_of, work_on
-from nfscale.run import OpenRun
+from nfscale.pool import Advanced, Call, Event, Failed, Succeeded, Work, explained, failure_of
 from nfscale.store.run_folder import RunFolder
 
 _AUTHENTICATION = "RAY_AUTH_MODE"
@@ -49,7 +48,7 @@ class _Worker:
     starting: Any = None
     """Reference to the call that says where the actor runs; None once it is up."""
     node: str = ""
-    lease: Lease | None = None
+    lease: Lease | Call | None = None
     stream: Any = None
 
 
@@ -58,18 +57,21 @@ class RayPool:
 
     def __init__(
         self,
-        folder: RunFolder,
+        folder: RunFolder | None,
         workers: int | Literal["auto"],
         max_workers: int | None = None,
         workers_per_gpu: int | Literal["auto"] = "auto",
+        useful: int | None = None,
     ) -> None:
         """Connect to Ray, or start it.
 
         Args:
+            folder: of the run; None for workers of calls.
             workers: how many; "auto" is as many as the cluster has room for at the time, and where there is a cluster
                 that grows on demand, `max_workers`.
             workers_per_gpu: that share a GPU, whether there is one by now or not; 0 for workers that leave the GPUs
                 alone; "auto" for one on each where there are GPUs.
+            useful: more than so many are of no use, whatever room there is; `want` changes it.
 
         Raises:
             EncodeError: if Ray does not answer.
@@ -83,12 +85,12 @@ class RayPool:
         import ray.exceptions
 
         self._ray: Any = ray
-        self._folder = folder.files.absolute()
+        self._folder = None if folder is None else folder.files.absolute()
         self._asked, self._max, self._per_gpu = workers, max_workers, workers_per_gpu
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             self._connect()
-        self._useful: int | None = None
+        self._useful = useful
         self._workers: dict[str, _Worker] = {}
         self._started = 0
         self._failed_starts = 0
@@ -195,7 +197,7 @@ class RayPool:
         free = [w for w in self._workers.values() if w.starting is None and w.lease is None]
         return [worker.name for worker in free if worker.node not in self._draining]
 
-    def start(self, lease: Lease) -> None:
+    def start(self, lease: Lease | Call) -> None:
         worker = self._workers[lease.worker]
         worker.lease = lease
         worker.stream = worker.actor.work.options(num_returns="streaming").remote(lease)
@@ -280,15 +282,14 @@ class _FitWorker:
     """One process with one device, or a part of one. Its calls run one after the other in the main thread, as CUDA
     wants it."""
 
-    def __init__(self, folder: str, cpus: int, gpus: float) -> None:
+    def __init__(self, folder: str | None, cpus: int, gpus: float) -> None:
         os.environ["OMP_NUM_THREADS"] = str(cpus)
         import torch
 
         torch.set_num_threads(cpus)
         if 0 < gpus < 1 and torch.cuda.is_available():
             torch.cuda.set_per_process_memory_fraction(gpus)  # a batch too large fails here, and not its neighbour
-        self._folder = folder
-        self._run: OpenRun | None = None
+        self._work = Work(None if folder is None else RunFolder(folder))
 
     def node(self) -> str:
         """The node this runs on; its arrival says that the worker is up."""
@@ -296,10 +297,9 @@ class _FitWorker:
 
         return ray.get_runtime_context().get_node_id()
 
-    def work(self, lease: Lease) -> Iterator[Any]:
-        """Progress, then the report of a lease."""
-        self._run = self._run or OpenRun(RunFolder(self._folder))
-        yield from work_on(self._run, lease)
+    def work(self, lease: Lease | Call) -> Iterator[Any]:
+        """Progress, then the report of a lease, or the result of a call."""
+        yield from self._work.on(lease)
 
 
 def _is_poisoned(error: BaseException) -> bool:
