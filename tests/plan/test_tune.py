@@ -8,12 +8,13 @@ import pytest
 from typer.testing import CliRunner
 
 from nfscale.cli.app import app
-from nfscale.errors import CallerError
+from nfscale.coordinator import Failure
+from nfscale.errors import CallerError, EncodeError
 from nfscale.job import load_job
 from nfscale.plan.front import front_picture
 from nfscale.plan.trials import BETAS, RATE_FACTOR, Outcome, Trials, overrides_of
 from nfscale.plan.tune import Reason, Tuned, _candidates, _rank, moves, tune
-from nfscale.pool import InProcessPool
+from nfscale.pool import Failed, InProcessPool
 from tests.jobs import tiny_job, tiny_settings
 
 
@@ -145,6 +146,16 @@ def test_choices_that_do_not_go_together_are_an_outcome(tmp_path):
     assert fine.quality > 10
     assert fine.seconds > 0
     assert "multiple" in refused.why_not
+
+
+def test_settings_that_end_their_process_are_unusable_and_a_failure_of_no_setting_ends_the_search(monkeypatch):
+    died = [Failed("worker-0", Failure.CRASH, "the worker process died (OUT_OF_MEMORY)")]
+    monkeypatch.setattr("nfscale.plan.trials.call_all", lambda *call: died)
+    (outcome,) = Trials({}, [0, 1], InProcessPool(None)).tried([()], 2)
+    assert (outcome.data, outcome.why_not) == (2, "the worker process died (OUT_OF_MEMORY)")
+    died[0] = Failed("worker-0", Failure.TASK, "KeyError: 'image'")
+    with pytest.raises(EncodeError, match="a trial failed: KeyError: 'image'"):
+        Trials({}, [0, 1], InProcessPool(None)).tried([()], 2)
 
 
 def test_the_front_has_what_no_other_beats():
