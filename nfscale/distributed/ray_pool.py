@@ -8,11 +8,13 @@ Dangers, each guarded here:
 - Ray's own retries refit invisibly and reorder calls, so actors have none; the coordinator owns retries.
 - A worker that Ray declares dead may still be alive and commit; commits are first-wins.
 - Ray sets thread counts that torch has already read; each actor sets its own.
+- Ray waits for a cluster that is not there without an end; whether anything listens at its address is asked first.
 - Any error of Ray but that of the task itself ends an attempt: which one is told depends on what dies first.
 """
 
 import contextlib
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -35,6 +37,8 @@ _LOCAL_ENVIRONMENT = {
 }
 _OBJECT_STORE_BYTES = 80 << 20  # the smallest Ray takes: neither data nor weights pass through it
 _START_ATTEMPTS = 3
+_HEAD_SECONDS = 60.0  # that a head may take until it listens
+_CONNECT_SECONDS = 5.0
 _ADDRESSES_BYTES = 4 << 30  # that a process of local Ray needs: at 2.5 GB it aborts in C++, at 4 GB it runs
 _LOOK_SECONDS = 5.0  # between two looks at the nodes
 _PATIENCE_SECONDS = 20.0  # in which the first worker is usually up
@@ -105,6 +109,8 @@ class RayPool:
                 f"Ray needs {_ADDRESSES_BYTES >> 30} GiB of addresses for each of its processes, and this one may have "
                 f"{limit / (1 << 30):.1f}; raise the limit (`ulimit -v`), or use workers=0"
             )
+        if self._on_cluster and (why := _unanswered(os.environ["RAY_ADDRESS"], self._ray)) is not None:
+            raise EncodeError(f"nothing listens at RAY_ADDRESS={os.environ['RAY_ADDRESS']} ({why}); is its head up?")
         keys: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
         if not self._on_cluster:
             cpus = None if self._asked == "auto" else max(1, self._asked)
@@ -305,6 +311,27 @@ class _FitWorker:
 def _is_poisoned(error: BaseException) -> bool:
     """Whether the process has lost its GPU: after an illegal access every further call fails with the same error."""
     return "CUDA error" in str(error)
+
+
+def _unanswered(address: str, ray: Any) -> str | None:
+    """Why nobody can be reached at an address such as 10.0.0.1:6379, after some patience; None where somebody is, or
+    where the address is a word for Ray to look up (`auto`)."""
+    host, colon, port = address.rpartition("://")[2].partition("?")[0].rpartition(":")
+    if not (colon and port.isdecimal()):
+        return None
+    host = host.strip("[]")
+    hosts = [host, ray.util.get_node_ip_address()] if host in ("127.0.0.1", "localhost") else [host]  # as Ray reads it
+    until = time.monotonic() + _HEAD_SECONDS
+    while True:
+        for one in hosts:
+            try:
+                socket.create_connection((one, int(port)), timeout=_CONNECT_SECONDS).close()
+                return None
+            except (OSError, OverflowError) as error:
+                why = getattr(error, "strerror", None) or str(error)
+        if time.monotonic() >= until:
+            return why
+        time.sleep(min(1.0, _HEAD_SECONDS))
 
 
 def _draining_nodes() -> set[str]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 import threading
 import time
 
@@ -12,7 +13,7 @@ from nfscale.cli.app import app
 from nfscale.coordinator import Failure
 from nfscale.datasets import seeded_sample
 from nfscale.distributed import RayPool
-from nfscale.errors import EncodeError
+from nfscale.errors import EncodeError, ExitCode
 from nfscale.job import load_job
 from nfscale.plan.trials import Trials
 from nfscale.plan.tune import tune
@@ -67,18 +68,15 @@ def test_the_command_tries_settings_on_the_jobs_workers(tmp_path, monkeypatch):
 
 
 def test_a_cluster_that_does_not_answer_is_one_line(tmp_path, monkeypatch):
-    import ray
-
-    def fails(**keys):
-        raise ConnectionError("ray client connection timeout")
-
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", fails)
+    monkeypatch.setattr("nfscale.distributed.ray_pool._HEAD_SECONDS", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
     (tmp_path / "job.yaml").write_text(json.dumps(tiny_settings(tmp_path / "run") | {"workers": "auto"}))
     said = CliRunner().invoke(app, ["tune", str(tmp_path / "job.yaml"), "-o", str(tmp_path / "tuned")])
     assert isinstance(said.exception, EncodeError)
-    assert "the cluster of RAY_ADDRESS=10.0.0.1:6379 does not start or answer" in str(said.exception)
+    assert f"nothing listens at RAY_ADDRESS={address}" in str(said.exception)
+    assert said.exception.exit_code == ExitCode.FAILED
     assert not (tmp_path / "tuned").exists()
 
 
