@@ -151,6 +151,8 @@ def _key_in_job(key: str) -> str:
 
 def _why(reason: Reason) -> str:
     before = f"{reason.before} times" if reason.key == RATE_FACTOR else reason.before
+    if reason.cost_without is None or reason.quality_without is None:
+        return f"in place of {before}, with which the others cannot be used"
     return (
         f"in place of {before}, with which the cost is {100 * reason.cost_without:.0f} % "
         f"and the median {reason.quality_without:+.2f}"

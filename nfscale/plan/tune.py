@@ -41,9 +41,9 @@ class Reason:
     key: str
     before: Any
     chosen: Any
-    cost_without: float
-    """Over that with it."""
-    quality_without: float
+    cost_without: float | None
+    """Over that with it; None where the other settings cannot be used without it."""
+    quality_without: float | None
     """Less that with it."""
 
 
@@ -149,7 +149,11 @@ def tune(
     while not search.is_over:
         tried = {choices for choices, _ in trials.outcomes}
         some = _candidates(best, known, CANDIDATES // 2 - 1, chance, tried)
+        if tried.issuperset(some):
+            break
         again = search.halved([best, *some])
+        if (again, rungs[-1]) not in trials.outcomes:
+            break  # the time was up before the round's end, and the best so far has been tried on more data
         if again != best:
             best = again
             tell(f"better: {_in_words(best)}")
@@ -281,7 +285,8 @@ def _reasons(job: EncodeJob, trials: Trials, best: Choices, data: int) -> list[R
     reasons = []
     for (key, chosen), outcome in zip(best, trials.tried(_each_taken_back(best), data), strict=True):
         cost, quality = outcome.seconds / whole.seconds, outcome.quality - whole.quality
-        reasons.append(Reason(key, _own_value(job, key), chosen, cost, quality))
+        figures = (None, None) if math.isnan(quality) else (cost, quality)
+        reasons.append(Reason(key, _own_value(job, key), chosen, *figures))
     return reasons
 
 

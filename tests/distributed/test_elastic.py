@@ -156,9 +156,7 @@ def test_a_cluster_that_is_not_there_is_not_waited_for_without_an_end(monkeypatc
             monkeypatch.setenv("RAY_ADDRESS", known)
             pool._connect()
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
-    with pytest.raises(
-        EncodeError, match=rf"listens at RAY_ADDRESS=127.0.0.1:{port} \(.*refused\); is its head"
-    ):
+    with pytest.raises(EncodeError, match=rf"listens at RAY_ADDRESS=127.0.0.1:{port} \(.*refused\); is its head"):
         pool._connect()
 
 

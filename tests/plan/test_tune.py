@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nfscale.cli.app import app
+from nfscale.cli.tune import _why
 from nfscale.coordinator import Failure
 from nfscale.errors import CallerError, EncodeError
 from nfscale.job import load_job
@@ -75,6 +76,35 @@ def test_choices_that_are_good_for_nothing_beside_the_others_are_taken_back(tmp_
     (reason,) = found.reasons
     assert (reason.key, reason.cost_without) == ("field.width", pytest.approx(3.0))
     assert {data for choices, data in trials.outcomes if choices == found.choices} == {32}
+
+
+def test_a_choice_without_which_the_others_cannot_be_used_says_so(tmp_path, monkeypatch):
+    def outcome_of(choices, data):
+        cannot = choices.keys() == {"field.width"}
+        return Outcome(data, math.nan if cannot else 1 / (1 + len(choices)), math.nan if cannot else 40.0, 100)
+
+    monkeypatch.setattr("nfscale.plan.tune._candidates", lambda *drawn: [IDLE[:2]])
+    found = tune(tiny_job(tmp_path / "out", "field.width=32"), Known(outcome_of), seconds=60, seed=0)
+    width, rare = sorted(found.reasons, key=lambda reason: reason.key)
+    assert (width.key, width.cost_without) == ("field.width", pytest.approx(1.5))
+    assert (rare.key, rare.cost_without, rare.quality_without) == ("fit.check_every", None, None)
+    assert _why(rare) == "in place of 20, with which the others cannot be used"
+
+
+def test_a_round_that_is_cut_short_does_not_replace_what_was_tried_on_more_data(tmp_path, monkeypatch):
+    """On few data a later candidate looks better than it is."""
+    now, drawn = [0.0], [[(("field.width", 16),)], [(("fit.max_steps", 80),)]]
+
+    def outcome_of(choices, data):
+        if "fit.max_steps" in choices:
+            now[0] = 50.0  # of 60, three quarters of which are for the search
+            return Outcome(data, 0.1 if data == 8 else 9.0, 40.0, 100)
+        return Outcome(data, 1 / (1 + len(choices)), 40.0, 100)
+
+    monkeypatch.setattr("nfscale.plan.tune._candidates", lambda *around: drawn.pop(0))
+    job = tiny_job(tmp_path / "out", "field.width=32")
+    found = tune(job, Known(outcome_of), seconds=60, seed=0, clock=lambda: now[0])
+    assert found.choices == (("field.width", 16),)
 
 
 @pytest.mark.parametrize("seed", range(5))
