@@ -1,5 +1,6 @@
 """The pool on a cluster whose nodes come and go."""
 
+import socket
 import time
 from types import SimpleNamespace
 
@@ -144,6 +145,21 @@ def test_a_worker_on_a_node_that_leaves_gets_no_lease():
     assert pool.idle() == ["worker-0"]
 
 
+def test_a_cluster_that_is_not_there_is_not_waited_for_without_an_end(monkeypatch):
+    monkeypatch.setattr("nfscale.distributed.ray_pool._HEAD_SECONDS", 0.0)
+    pool = pool_on(cpus=1)
+    pool._ray.util = SimpleNamespace(get_node_ip_address=lambda: "127.0.0.1")
+    pool._ray.init, pool._ray.exceptions = lambda **keys: None, SimpleNamespace(RayError=OSError)
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        port = head.getsockname()[1]
+        for known in (f"127.0.0.1:{port}", f"ray://localhost:{port}", "auto"):
+            monkeypatch.setenv("RAY_ADDRESS", known)
+            pool._connect()
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    with pytest.raises(EncodeError, match=rf"listens at RAY_ADDRESS=127.0.0.1:{port} \(.*refused\); is its head"):
+        pool._connect()
+
+
 @pytest.mark.parametrize(("on_cluster", "said"), [(True, "of RAY_ADDRESS=10.0.0.1:6379"), (False, "a local Ray")])
 def test_a_ray_that_does_not_answer_is_one_line(on_cluster, said, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
@@ -151,33 +167,11 @@ def test_a_ray_that_does_not_answer_is_one_line(on_cluster, said, monkeypatch):
     def fails(**keys):
         raise RuntimeError("Failed to start GCS")
 
+    monkeypatch.setattr("nfscale.distributed.ray_pool._unanswered", lambda address, ray: None)
     pool = pool_on(cpus=1, on_cluster=on_cluster)
     pool._ray.init, pool._ray.exceptions = fails, SimpleNamespace(RayError=OSError)
     with pytest.raises(EncodeError, match=rf"{said} does not start or answer \(RuntimeError: Failed to start GCS\)"):
         pool._connect()
-
-
-@pytest.fixture
-def cluster(monkeypatch):
-    """A head without processors, as drivers have it, and nobody else."""
-    for name, value in {
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    }.items():
-        monkeypatch.setenv(name, value)
-    import ray
-    from ray.cluster_utils import Cluster
-
-    small = {"object_store_memory": 80 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0} | small)
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    try:
-        yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
 
 
 def polled(pool, until, seconds=120.0):
