@@ -47,6 +47,7 @@ class OpenRun:
         if self.plan.factors is not None:
             optimizer = Scaled(optimizer, torch.from_numpy(self.plan.factors))
         self.optimizer: Optimizer | Solver = optimizer
+        self._capacities: dict[Kind, int] = {}
         self.committed_at: float | None = None
         """When this process last had rows ready to be committed, by `time.perf_counter`."""
         if self.field.layout != self.plan.layout:
@@ -118,6 +119,7 @@ class OpenRun:
             clock=time.perf_counter,
             resume=resume,
             step_plan=self.steps,
+            capacities=self._capacities,
         )
 
 
