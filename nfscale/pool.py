@@ -120,10 +120,14 @@ class InProcessPool:
         self._work = None
 
 
-def work_on(run: OpenRun, lease: Lease) -> Iterator[Progress | ShardReport | None]:
-    """A worker's whole work on a lease; the last thing it yields is the report (None for the calibration)."""
+def work_on(run: OpenRun, lease: Lease, spare: int = 0) -> Iterator[Progress | ShardReport | None]:
+    """A worker's whole work on a lease; the last thing it yields is the report (None for the calibration).
+
+    Args:
+        spare: workers on the same machine that wait for a calibration, which may take their cores.
+    """
     if lease.shard is None:
-        calibrate_run(run, portion(run.plan.calibration_positions, lease.crashes))
+        calibrate_run(run, portion(run.plan.calibration_positions, lease.crashes), threads=1 + spare)
         yield None
         return
     yield from encode_shard(

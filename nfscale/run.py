@@ -123,11 +123,12 @@ class OpenRun:
         )
 
 
-def calibrate_run(run: OpenRun, positions: Sequence[int] | None = None) -> None:
+def calibrate_run(run: OpenRun, positions: Sequence[int] | None = None, threads: int = 1) -> None:
     """Estimate what the fields share and store it, put-if-absent: the first lease of a run.
 
     Args:
         positions: of the data to try, in place of all that the plan has drawn.
+        threads: as in `calibrate`.
 
     Raises:
         EncodeError: if too few data of the calibration sample can be read.
@@ -143,6 +144,7 @@ def calibrate_run(run: OpenRun, positions: Sequence[int] | None = None) -> None:
         samples=run.job.fit.samples,
         sampling=run.job.fit.sampling,
         step=run.job.fit.step,
+        threads=threads,
     ).to("cpu")
     steps = [row * calibration.every for row in range(len(calibration.diagonal))]
     if not bool(torch.isfinite(calibration.diagonal).all()):
