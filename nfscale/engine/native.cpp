@@ -318,6 +318,7 @@ struct Update {
     const int64_t* diagonal_row;   // [fields, steps]
     const float* inverse_diagonal; // [rows, P]
     int64_t* probes;               // [fields]: taken so far, of a diagonal of the field's own
+    const float* factors;          // [P]: of each param on the step size of Adam, or null
     int64_t update_every, probe_stream;
     double beta1, beta2, epsilon, damping;
 };
@@ -1102,13 +1103,22 @@ class Worker {
         const V beta2 = same(static_cast<float>(update.beta2)), rest2 = same(static_cast<float>(1 - update.beta2));
         const V epsilon = same(static_cast<float>(update.epsilon)), correction = same(1 / update.correction[at]);
         const V step_size = same(update.step_size[at]);
+        const int64_t whole = size / LANES * LANES;
+        float tail[LANES] = {};
+        if (update.factors) {
+            std::memcpy(tail, update.factors + whole, (size - whole) * sizeof(float));
+        }
         for (int64_t p = 0; p < size; p += LANES) {  // buffers end at a multiple of the lanes, in zeros
             V g = load(gradient + p);
             V mean = load(moments[0] + p) * beta1 + g * rest1;
             V square = load(moments[1] + p) * beta2 + g * g * rest2;
             store(moments[0] + p, mean);
             store(moments[1] + p, square);
-            store(row + p, load(row + p) - mean / (root(square) * correction + epsilon) * step_size);
+            V change = mean / (root(square) * correction + epsilon) * step_size;
+            if (update.factors) {
+                change = change * load(p < whole ? update.factors + p : tail);
+            }
+            store(row + p, load(row + p) - change);
         }
     }
 
