@@ -147,20 +147,24 @@ class Work:
         self._folder = folder
         self._run: OpenRun | None = None
 
-    def on(self, lease: Lease | Call) -> Iterator[Any]:
-        """All of the work on a lease; what comes last is the report (None for the calibration), or the result."""
+    def on(self, lease: Lease | Call, spare: int = 0) -> Iterator[Any]:
+        """All of the work on a lease; what comes last is the report (None for the calibration), or the result.
+
+        Args:
+            spare: workers on the same machine that wait for a calibration, which may take their cores.
+        """
         if isinstance(lease, Call):
             yield lease.function(*lease.arguments)
             return
         if self._run is None:
             assert self._folder is not None
             self._run = OpenRun(self._folder)
-        yield from _work_on(self._run, lease)
+        yield from _work_on(self._run, lease, spare)
 
 
-def _work_on(run: OpenRun, lease: Lease) -> Iterator[Progress | ShardReport | None]:
+def _work_on(run: OpenRun, lease: Lease, spare: int) -> Iterator[Progress | ShardReport | None]:
     if lease.shard is None:
-        calibrate_run(run, portion(run.plan.calibration_positions, lease.crashes))
+        calibrate_run(run, portion(run.plan.calibration_positions, lease.crashes), threads=1 + spare)
         yield None
         return
     yield from encode_shard(

@@ -206,7 +206,16 @@ class RayPool:
     def start(self, lease: Lease | Call) -> None:
         worker = self._workers[lease.worker]
         worker.lease = lease
-        worker.stream = worker.actor.work.options(num_returns="streaming").remote(lease)
+        worker.stream = worker.actor.work.options(num_returns="streaming").remote(lease, self._spare(worker, lease))
+
+    def _spare(self, worker: _Worker, lease: Lease | Call) -> int:
+        """How many workers beside this one wait for the calibration: of other machines' not, nor of a GPU's."""
+        if isinstance(lease, Call) or lease.shard is not None or worker.gpus:
+            return 0
+        others = [w for w in self._workers.values() if w is not worker and w.lease is None]
+        if self._on_cluster:
+            others = [w for w in others if w.node == worker.node]
+        return len(others)
 
     def poll(self, seconds: float) -> list[Event]:
         self._look()
@@ -303,9 +312,9 @@ class _FitWorker:
 
         return ray.get_runtime_context().get_node_id()
 
-    def work(self, lease: Lease | Call) -> Iterator[Any]:
-        """Progress, then the report of a lease, or the result of a call."""
-        yield from self._work.on(lease)
+    def work(self, lease: Lease | Call, spare: int) -> Iterator[Any]:
+        """Progress, then the report of a lease, or the result of a call; `spare` as in `Work.on`."""
+        yield from self._work.on(lease, spare)
 
 
 def _is_poisoned(error: BaseException) -> bool:

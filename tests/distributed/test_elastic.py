@@ -11,6 +11,7 @@ from nfscale.distributed import RayPool
 from nfscale.driver import open_run
 from nfscale.errors import EncodeError
 from nfscale.pool import Failed
+from nfscale.store.run_folder import Shard
 from tests.jobs import tiny_job
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -33,6 +34,19 @@ class FakeRay:
         return {"CPU": 2.0}
 
 
+class FakeStream:
+    """The method `work` of an actor, which notes the cores that it is lent."""
+
+    def __init__(self, given):
+        self.given = given
+
+    def options(self, num_returns):
+        return self
+
+    def remote(self, lease, spare):
+        self.given.append(spare)
+
+
 def pool_on(cpus, gpus=0, workers="auto", max_workers=None, workers_per_gpu="auto", on_cluster=True):
     """A pool on a cluster of these resources, all of whose workers are pending."""
     pool = RayPool.__new__(RayPool)
@@ -43,6 +57,29 @@ def pool_on(cpus, gpus=0, workers="auto", max_workers=None, workers_per_gpu="aut
     pool._ray, pool._folder = FakeRay(), ""
     pool._reconcile()
     return pool
+
+
+@pytest.mark.parametrize(
+    ("keys", "nodes", "spare"),
+    [
+        ({"on_cluster": False}, ["here", "", "here", "here"], 2),  # one comes up here, one has a lease
+        ({}, ["here", "", "here", "here"], 1),  # nobody knows yet where that one will be
+        ({}, ["here", "there", "there", "here"], 0),
+        ({"gpus": 4}, ["here", "", "here", "here"], 0),
+    ],
+)
+def test_a_calibration_may_take_the_cores_of_those_that_wait_for_it(keys, nodes, spare):
+    pool = pool_on(4, **keys)
+    first, *_, busy = workers = list(pool._workers.values())
+    for worker, node in zip(workers, nodes, strict=True):
+        worker.node, worker.starting = node, None if node else worker.starting
+    busy.lease = Lease(0, Shard(0, 0, 5), busy.name)
+    given = []
+    for worker in workers:
+        worker.actor.work = FakeStream(given)
+    pool.start(Lease(1, None, first.name))
+    pool.start(Lease(2, Shard(1, 5, 10), workers[2].name))
+    assert given == [spare, 0]
 
 
 @pytest.mark.parametrize(
