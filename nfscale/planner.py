@@ -28,6 +28,7 @@ _SHARD_SECONDS = 15.0  # of work: what a lost worker costs, and short enough tha
 _ASSUMED_FLOPS = {"cpu": 20e9, "cuda": 10e12}  # useful rate of one worker; only decides how data are cut
 _SHARD_FIELDS = {"cpu": (4, 4096), "cuda": (64, 4096)}  # fewer would leave a batch half empty
 _MINIMUM_SHARDS = 8
+_LAST_PARTS = 4  # of a shard, at the end: fewer than a batch of fields would not pay for the writing and the commit
 _PROBED_DATA = 100  # data tried until enough are readable to decide what the signal leaves open
 _DECIDING_DATA = 8  # readable ones that decide it: reading them is all that a plan costs
 
@@ -73,6 +74,7 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
     if job.needs_calibration:
         wanted = job.optimizer.calibration_data
         positions = seeded_sample(dataset.ids, 4 * wanted, job.seed, "calibration")
+    shard_fields = _shard_fields(job, field, per_step * signal.points_per_sample, len(dataset.ids), device)
     return Plan(
         id=uuid.uuid4().hex,
         fingerprint=fingerprint,
@@ -81,7 +83,7 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
         ids_sha256=digest,
         label_type=probed.label_type,
         samples_per_step=per_step,
-        shard_fields=_shard_fields(job, field, per_step * signal.points_per_sample, len(dataset.ids), device),
+        shard_fields=shard_fields,
         layout=field.layout,
         forward={"field": field.forward_description(), "signal": signal.forward_description()} | job.tile_description(),
         theta0=theta0,
@@ -91,6 +93,7 @@ def make_plan(job: EncodeJob, device: str = "cpu") -> Plan:
         factors=factors,
         versions=_versions(),
         format=FORMAT_VERSION,
+        last_fields=_last_fields(job, shard_fields, device),
     )
 
 
@@ -187,6 +190,13 @@ def _shard_fields(job: EncodeJob, field: Field, points: int, count: int, device:
     by_time = int(_SHARD_SECONDS * _ASSUMED_FLOPS[device] / flops)
     low, high = _SHARD_FIELDS[device]
     return max(low, min(by_time, high, -(-count // _MINIMUM_SHARDS)))
+
+
+def _last_fields(job: EncodeJob, shard_fields: int, device: str) -> int | None:
+    """How small shards become towards the end; on a GPU they would leave a batch half empty."""
+    if job.store.shard_fields != "auto" or device != "cpu":
+        return None
+    return max(_SHARD_FIELDS[device][0], shard_fields // _LAST_PARTS)
 
 
 def _versions() -> dict[str, str]:

@@ -48,6 +48,7 @@ class OpenRun:
         if self.plan.factors is not None:
             optimizer = Scaled(optimizer, torch.from_numpy(self.plan.factors))
         self.optimizer: Optimizer | Solver = optimizer
+        self._capacities: dict[Kind, int] = {}
         self.committed_at: float | None = None
         """When this process last had rows ready to be committed, by `time.perf_counter`."""
         if self.field.layout != self.plan.layout:
@@ -120,14 +121,16 @@ class OpenRun:
             clock=time.perf_counter,
             resume=resume,
             step_plan=self.steps,
+            capacities=self._capacities,
         )
 
 
-def calibrate_run(run: OpenRun, positions: Sequence[int] | None = None) -> None:
+def calibrate_run(run: OpenRun, positions: Sequence[int] | None = None, threads: int = 1) -> None:
     """Estimate what the fields share and store it, put-if-absent: the first lease of a run.
 
     Args:
         positions: of the data to try, in place of all that the plan has drawn.
+        threads: as in `calibrate`.
 
     Raises:
         EncodeError: if too few data of the calibration sample can be read.
@@ -144,6 +147,7 @@ def calibrate_run(run: OpenRun, positions: Sequence[int] | None = None) -> None:
         sampling=run.job.fit.sampling,
         step=run.job.fit.step,
         precision=run.job.fit.precision,
+        threads=threads,
     ).to("cpu")
     steps = [row * calibration.every for row in range(len(calibration.diagonal))]
     if not bool(torch.isfinite(calibration.diagonal).all()):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,7 +20,7 @@ from nfscale.pool import InProcessPool
 from nfscale.run import OpenRun
 from nfscale.signals import Image
 from nfscale.store import open_weights
-from nfscale.store.run_folder import Commit, Shard
+from nfscale.store.run_folder import Commit, Plan, Shard
 from nfscale.store.schema import write_parquet
 from nfscale.verify import _difference, verify
 from tests.jobs import Recorder, encode_in_process, tiny_job
@@ -135,6 +136,29 @@ def test_a_shard_that_is_cut_commits_as_its_parts_alone(tmp_path):
     assert {c.shard for c in folder.commits()} == {
         *("shard-00000-a", "shard-00000-b", "shard-00001", "shard-00002"),
     }
+
+
+def test_the_last_shards_of_a_plan_are_smaller_and_together_they_are_all_data(tmp_path):
+    plan = replace(make_plan(tiny_job(tmp_path / "run")), data_count=1146, shard_fields=50, last_fields=12)
+    shards = plan.shards()
+    assert [shard.index for shard in shards] == list(range(28))
+    assert [len(shard) for shard in shards] == [50] * 19 + [49, 37, 28, 21, 16, 12, 12, 12, 9]
+    assert [shard.start for shard in shards[1:]] == [shard.stop for shard in shards[:-1]]
+    assert (shards[0].start, shards[-1].stop) == (0, 1146)
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))).shards() == shards
+
+
+def test_shards_of_a_plan_made_before_they_shrank_stay_what_they_were(tmp_path):
+    plan = replace(make_plan(tiny_job(tmp_path / "run")), data_count=46, shard_fields=20, last_fields=5)
+    content = plan.to_json()
+    del content["last_fields"]
+    assert [(s.start, s.stop) for s in Plan.from_json(content).shards()] == [(0, 20), (20, 40), (40, 46)]
+
+
+@pytest.mark.parametrize(("size", "device", "last"), [("auto", "cpu", 4), ("auto", "cuda", None), (16, "cpu", None)])
+def test_shards_shrink_on_a_cpu_where_the_plan_chooses_their_size(tmp_path, size, device, last):
+    job = tiny_job(tmp_path / "run", store={"shard_fields": size})
+    assert make_plan(job, device).last_fields == last
 
 
 def test_a_driver_that_was_superseded_commits_nothing_and_says_who_took_over(tmp_path):

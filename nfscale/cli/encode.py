@@ -1,6 +1,5 @@
 """`nfscale encode`: plan, fit, store, record, review. Run again, it resumes."""
 
-import os
 import socket
 import sys
 import time
@@ -14,10 +13,11 @@ from rich.console import Console
 
 from nfscale.cli.common import JsonOption, percentages, too_many_failed, warn, write_json
 from nfscale.cli.progress import ProgressDisplay
+from nfscale.cli.workers import device_of, leave_at_once, pool_of
 from nfscale.datasets import DATASETS
 from nfscale.driver import Share, Summary, open_run, serve, totals
 from nfscale.engine.sampling import Sampling
-from nfscale.errors import CallerError, ExitCode, NfscaleError, SupersededError
+from nfscale.errors import ExitCode, NfscaleError, SupersededError
 from nfscale.fields import FIELDS
 from nfscale.fields.activations import ACTIVATIONS
 from nfscale.fields.encodings import ENCODINGS
@@ -25,7 +25,7 @@ from nfscale.fields.initializations import INITIALIZATIONS
 from nfscale.job import EncodeJob, load_job
 from nfscale.machine import measured
 from nfscale.optim import METHODS
-from nfscale.pool import InProcessPool, Pool
+from nfscale.pool import Pool
 from nfscale.review import make_report
 from nfscale.signals import SIGNALS
 from nfscale.signals.transforms import TransformName
@@ -59,7 +59,7 @@ def encode(
     console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
     share = None if shards is None else Share.parsed(shards)
     job = load_job(job_file, overrides)
-    folder, plan = open_run(job, _device(job))
+    folder, plan = open_run(job, device_of(job))
     whole = folder.is_complete and folder.has_report and (not job.track.enabled or folder.is_tracked)
     whole = whole and (not job.store.ipc_copy or folder.files.size(IPC_COPY) is not None)
     if whole and not (retry_failed and any(commit.failed for commit in folder.commits())):
@@ -130,7 +130,7 @@ def _encode(
                 observer.on_start(folder, plan, commits)
             if not folder.is_complete or retry_failed:
                 is_starting = True
-                pool = _pool(job, folder)
+                pool = pool_of(job, folder)
                 is_starting = False
                 termination.install()
                 summary = serve(folder, plan, pool, observers, retry_failed, share)
@@ -172,23 +172,7 @@ def _encode(
             tracker.close(state, _TRACKER_SECONDS, tag)
             summary.tracking = tracker.seconds
         if code is not None and is_starting:
-            _leave_at_once(int(code))
-
-
-def _leave_at_once(code: int) -> None:
-    """End the process without Python's own ending, in which a Ray that is half started aborts; what it has started
-    ends with its parent."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _pool(job: EncodeJob, folder: RunFolder) -> Pool:
-    if job.workers == 0:
-        return InProcessPool(folder)
-    from nfscale.distributed import RayPool
-
-    return RayPool(folder, job.workers, job.max_workers, job.workers_per_gpu)
+            leave_at_once(int(code))
 
 
 def _nodes(job: EncodeJob) -> Callable[[], dict[str, dict[str, float]]]:
@@ -198,25 +182,6 @@ def _nodes(job: EncodeJob) -> Callable[[], dict[str, dict[str, float]]]:
     from nfscale.distributed.nodes import measured_nodes
 
     return measured_nodes
-
-
-def _device(job: EncodeJob) -> str:
-    """What the workers will compute on: a head without GPUs plans for those of its cluster.
-
-    Raises:
-        CallerError: if the workers are to have GPUs, and there is nothing but this machine, which has none.
-    """
-    import torch
-
-    asks_for_gpus = job.workers != 0 and job.workers_per_gpu not in (0, "auto")
-    if torch.cuda.is_available():
-        return "cuda"
-    if asks_for_gpus and not os.environ.get("RAY_ADDRESS"):
-        raise CallerError(
-            f"workers_per_gpu={job.workers_per_gpu} asks for GPUs, and this machine has none; leave it out, or give "
-            "the address of a cluster (RAY_ADDRESS)"
-        )
-    return "cuda" if asks_for_gpus else "cpu"
 
 
 def _seconds(summary: Summary, started: float) -> dict[str, float]:

@@ -1,6 +1,8 @@
 """`nfscale tune`: settings that reach a quality at the least cost, as a job file with a reason for each choice."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,15 +11,17 @@ import yaml
 from rich.console import Console
 
 from nfscale.cli.common import JsonOption, warn, write_json
-from nfscale.cli.estimate import here
+from nfscale.cli.workers import device_of, leave_at_once, pool_of
 from nfscale.datasets import seeded_sample
 from nfscale.errors import CallerError
-from nfscale.job import job_from_settings, load_job
+from nfscale.job import EncodeJob, job_from_settings, load_job
 from nfscale.plan.front import front_picture
 from nfscale.plan.trials import BETAS, RATE_FACTOR, Trials, overrides_of
-from nfscale.plan.tune import Reason, Tuned
+from nfscale.plan.tune import CANDIDATES, Reason, Tuned
 from nfscale.plan.tune import tune as tune_job
+from nfscale.pool import Pool
 from nfscale.store.schema import quality_text
+from nfscale.termination import Termination
 from nfscale.track import log_folder
 
 _DATA = 64  # that settings are tried on, at most
@@ -43,6 +47,9 @@ def tune(
 ) -> None:
     """Find cheaper settings for a job by trying many on a few of its data; writes a job file that says why.
 
+    They are tried where `nfscale encode` would fit them: on Ray in this machine or the cluster of RAY_ADDRESS, by
+    as many workers as the job says (workers=0: in this process). Costs compare where these are of one kind.
+
     Example: `nfscale tune pipelines/photos.yaml --seconds 600 --keep field.width -o runs/tuned`
     """
     job = load_job(job_file, overrides)
@@ -52,21 +59,12 @@ def tune(
     if job.fit.step_plan is not None:
         raise CallerError("tune chooses one length of all fields, and this job has a step plan; use fit.step_plan=null")
     positions = seeded_sample(job.open_dataset().ids, _DATA, seed, "tune")
+    device_of(job)  # refuses workers that cannot be had
     settings = job.model_dump(mode="json", exclude_none=True)
-    device, devices = here()
-    trials = Trials(settings, positions, devices if device == "cpu" else 1)
-    try:
-        tuned = tune_job(
-            job,
-            trials,
-            seconds=seconds,
-            seed=seed,
-            quality=quality,
-            keep=keep or (),
-            tell=lambda text: console.print(text),
-        )
-    finally:
-        trials.close()
+    tell = console.print
+    with _workers(job) as pool:
+        trials = Trials(settings, positions, pool, tell)
+        tuned = tune_job(job, trials, seconds=seconds, seed=seed, quality=quality, keep=keep or (), tell=tell)
     figures = _figures(tuned)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -81,6 +79,30 @@ def tune(
     if job.track.enabled and (problem := log_folder(out, job.track.experiment, f"{job.name} tune", chosen, numbers)):
         warn(f"not in MLflow: {problem}")
     _show(console, tuned, out)
+
+
+@contextlib.contextmanager
+def _workers(job: EncodeJob) -> Iterator[Pool]:
+    """The job's workers, let go in good order whatever ends the search."""
+    termination = Termination()
+    pool: Pool | None = None
+    code = None
+    try:
+        with termination:
+            pool = pool_of(job, None, useful=CANDIDATES)
+            termination.install()
+            yield pool
+    except BaseException as error:
+        code = termination.exit_code_of(error)
+        if code is None:
+            raise
+        print("interrupted; nothing was written", file=sys.stderr)
+        raise typer.Exit(int(code)) from error
+    finally:
+        if pool is not None:
+            pool.close()
+        elif code is not None:
+            leave_at_once(int(code))
 
 
 def _figures(tuned: Tuned) -> dict[str, Any]:
@@ -129,6 +151,8 @@ def _key_in_job(key: str) -> str:
 
 def _why(reason: Reason) -> str:
     before = f"{reason.before} times" if reason.key == RATE_FACTOR else reason.before
+    if reason.cost_without is None or reason.quality_without is None:
+        return f"in place of {before}, with which the others cannot be used"
     return (
         f"in place of {before}, with which the cost is {100 * reason.cost_without:.0f} % "
         f"and the median {reason.quality_without:+.2f}"

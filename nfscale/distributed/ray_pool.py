@@ -8,11 +8,13 @@ Dangers, each guarded here:
 - Ray's own retries refit invisibly and reorder calls, so actors have none; the coordinator owns retries.
 - A worker that Ray declares dead may still be alive and commit; commits are first-wins.
 - Ray sets thread counts that torch has already read; each actor sets its own.
+- Ray waits for a cluster that is not there without an end; whether anything listens at its address is asked first.
 - Any error of Ray but that of the task itself ends an attempt: which one is told depends on what dies first.
 """
 
 import contextlib
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -22,8 +24,7 @@ from typing import Any, Literal
 from nfscale.coordinator import Failure, Lease
 from nfscale.encode import Progress
 from nfscale.errors import EncodeError
-from nfscale.pool import Advanced, Event, Failed, Succeeded, explained, failure_of, work_on
-from nfscale.run import OpenRun
+from nfscale.pool import Advanced, Call, Event, Failed, Succeeded, Work, explained, failure_of
 from nfscale.store.run_folder import RunFolder
 
 _AUTHENTICATION = "RAY_AUTH_MODE"
@@ -36,6 +37,8 @@ _LOCAL_ENVIRONMENT = {
 }
 _OBJECT_STORE_BYTES = 80 << 20  # the smallest Ray takes: neither data nor weights pass through it
 _START_ATTEMPTS = 3
+_HEAD_SECONDS = 60.0  # that a head may take until it listens
+_CONNECT_SECONDS = 5.0
 _ADDRESSES_BYTES = 4 << 30  # that a process of local Ray needs: at 2.5 GB it aborts in C++, at 4 GB it runs
 _LOOK_SECONDS = 5.0  # between two looks at the nodes
 _PATIENCE_SECONDS = 20.0  # in which the first worker is usually up
@@ -49,7 +52,7 @@ class _Worker:
     starting: Any = None
     """Reference to the call that says where the actor runs; None once it is up."""
     node: str = ""
-    lease: Lease | None = None
+    lease: Lease | Call | None = None
     stream: Any = None
 
 
@@ -58,18 +61,21 @@ class RayPool:
 
     def __init__(
         self,
-        folder: RunFolder,
+        folder: RunFolder | None,
         workers: int | Literal["auto"],
         max_workers: int | None = None,
         workers_per_gpu: int | Literal["auto"] = "auto",
+        useful: int | None = None,
     ) -> None:
         """Connect to Ray, or start it.
 
         Args:
+            folder: of the run; None for workers of calls.
             workers: how many; "auto" is as many as the cluster has room for at the time, and where there is a cluster
                 that grows on demand, `max_workers`.
             workers_per_gpu: that share a GPU, whether there is one by now or not; 0 for workers that leave the GPUs
                 alone; "auto" for one on each where there are GPUs.
+            useful: more than so many are of no use, whatever room there is; `want` changes it.
 
         Raises:
             EncodeError: if Ray does not answer.
@@ -83,12 +89,12 @@ class RayPool:
         import ray.exceptions
 
         self._ray: Any = ray
-        self._folder = folder.files.absolute()
+        self._folder = None if folder is None else folder.files.absolute()
         self._asked, self._max, self._per_gpu = workers, max_workers, workers_per_gpu
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             self._connect()
-        self._useful: int | None = None
+        self._useful = useful
         self._workers: dict[str, _Worker] = {}
         self._started = 0
         self._failed_starts = 0
@@ -103,6 +109,8 @@ class RayPool:
                 f"Ray needs {_ADDRESSES_BYTES >> 30} GiB of addresses for each of its processes, and this one may have "
                 f"{limit / (1 << 30):.1f}; raise the limit (`ulimit -v`), or use workers=0"
             )
+        if self._on_cluster and (why := _unanswered(os.environ["RAY_ADDRESS"], self._ray)) is not None:
+            raise EncodeError(f"nothing listens at RAY_ADDRESS={os.environ['RAY_ADDRESS']} ({why}); is its head up?")
         keys: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
         if not self._on_cluster:
             cpus = None if self._asked == "auto" else max(1, self._asked)
@@ -195,10 +203,19 @@ class RayPool:
         free = [w for w in self._workers.values() if w.starting is None and w.lease is None]
         return [worker.name for worker in free if worker.node not in self._draining]
 
-    def start(self, lease: Lease) -> None:
+    def start(self, lease: Lease | Call) -> None:
         worker = self._workers[lease.worker]
         worker.lease = lease
-        worker.stream = worker.actor.work.options(num_returns="streaming").remote(lease)
+        worker.stream = worker.actor.work.options(num_returns="streaming").remote(lease, self._spare(worker, lease))
+
+    def _spare(self, worker: _Worker, lease: Lease | Call) -> int:
+        """How many workers beside this one wait for the calibration: of other machines' not, nor of a GPU's."""
+        if isinstance(lease, Call) or lease.shard is not None or worker.gpus:
+            return 0
+        others = [w for w in self._workers.values() if w is not worker and w.lease is None]
+        if self._on_cluster:
+            others = [w for w in others if w.node == worker.node]
+        return len(others)
 
     def poll(self, seconds: float) -> list[Event]:
         self._look()
@@ -280,15 +297,14 @@ class _FitWorker:
     """One process with one device, or a part of one. Its calls run one after the other in the main thread, as CUDA
     wants it."""
 
-    def __init__(self, folder: str, cpus: int, gpus: float) -> None:
+    def __init__(self, folder: str | None, cpus: int, gpus: float) -> None:
         os.environ["OMP_NUM_THREADS"] = str(cpus)
         import torch
 
         torch.set_num_threads(cpus)
         if 0 < gpus < 1 and torch.cuda.is_available():
             torch.cuda.set_per_process_memory_fraction(gpus)  # a batch too large fails here, and not its neighbour
-        self._folder = folder
-        self._run: OpenRun | None = None
+        self._work = Work(None if folder is None else RunFolder(folder))
 
     def node(self) -> str:
         """The node this runs on; its arrival says that the worker is up."""
@@ -296,15 +312,35 @@ class _FitWorker:
 
         return ray.get_runtime_context().get_node_id()
 
-    def work(self, lease: Lease) -> Iterator[Any]:
-        """Progress, then the report of a lease."""
-        self._run = self._run or OpenRun(RunFolder(self._folder))
-        yield from work_on(self._run, lease)
+    def work(self, lease: Lease | Call, spare: int) -> Iterator[Any]:
+        """Progress, then the report of a lease, or the result of a call; `spare` as in `Work.on`."""
+        yield from self._work.on(lease, spare)
 
 
 def _is_poisoned(error: BaseException) -> bool:
     """Whether the process has lost its GPU: after an illegal access every further call fails with the same error."""
     return "CUDA error" in str(error)
+
+
+def _unanswered(address: str, ray: Any) -> str | None:
+    """Why nobody can be reached at an address such as 10.0.0.1:6379, after some patience; None where somebody is, or
+    where the address is a word for Ray to look up (`auto`)."""
+    host, colon, port = address.rpartition("://")[2].partition("?")[0].rpartition(":")
+    if not (colon and port.isdecimal()):
+        return None
+    host = host.strip("[]")
+    hosts = [host, ray.util.get_node_ip_address()] if host in ("127.0.0.1", "localhost") else [host]  # as Ray reads it
+    until = time.monotonic() + _HEAD_SECONDS
+    while True:
+        for one in hosts:
+            try:
+                socket.create_connection((one, int(port)), timeout=_CONNECT_SECONDS).close()
+                return None
+            except (OSError, OverflowError) as error:
+                why = getattr(error, "strerror", None) or str(error)
+        if time.monotonic() >= until:
+            return why
+        time.sleep(min(1.0, _HEAD_SECONDS))
 
 
 def _draining_nodes() -> set[str]:

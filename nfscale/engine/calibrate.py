@@ -6,14 +6,15 @@ good diagonal for all of them. It is estimated once per job, at theta0 and along
 and depends on no neighbour of the field that uses it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import wraps
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from nfscale.engine.dispatch import PrecisionName, StepName, chosen
+from nfscale.engine.dispatch import PrecisionName, Step, StepName, chosen
 from nfscale.engine.result import Stop
 from nfscale.engine.sampling import DRAWN_IN_FULL, Sampler, Sampling, fetched, fetched_steps
 from nfscale.engine.step import evaluate, stack_samples, training_samples
@@ -23,7 +24,10 @@ from nfscale.optim.base import Extra
 from nfscale.optim.esgd import ESGD, rms_of
 from nfscale.rng import Stream, as_tensor, datum_seed, rademacher
 from nfscale.signals import Samples, Signal
+from nfscale.signals.base import Apply
 
+_Keys = ParamSpec("_Keys")
+_Returned = TypeVar("_Returned")
 _FIRST_PROBES = 4  # per field at theta0, where no running mean exists yet: 4 x 32 fields give 9 % error per weight
 
 
@@ -64,6 +68,7 @@ def calibrate(
     step: StepName = "auto",
     precision: PrecisionName = "auto",
     device: torch.device | str | None = None,
+    threads: int = 1,
 ) -> Calibration:
     """Fit a sample of data together and record what they share as it changes.
 
@@ -75,6 +80,8 @@ def calibrate(
             looked at.
         theta0: float32 [P], the params that all fields start from; by default those of `fit` for this seed.
         samples, sampling, step, precision: as in `fit`; sampling="error" is here "stratified".
+        threads: that native steps may take, if that is more than torch has; the bits are the same. Of others they
+            would not be.
 
     Raises:
         ValueError: if the data have different sample counts, or there are none, or steps cannot take all of their
@@ -90,7 +97,7 @@ def calibrate(
     if len({part.kind for _, part in data}) != 1:
         raise ValueError("a calibration takes data that agree in what they are checked on and in having masks")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    taken = chosen(step, device, field, signal, optimizer, precision)
+    taken = _on_threads(chosen(step, device, field, signal, optimizer, precision), threads)
     data = data if len(data) > 1 else [data[0]] * 2  # a lone field rounds differently
     batch = stack_samples([part for _, part in data], device)
     seeds = as_tensor([datum_seed(seed, datum_id) for datum_id, _ in data], device)
@@ -126,14 +133,40 @@ def calibrate(
                 step_rms.append([])
             else:
                 _, grads = taken.gradient(field, signal, rows, part)
-            diagonal = {"rows": diagonals[-1].expand(len(seeds), -1)}
-            direction = optimizer.direction({"rows": grads}, state, diagonal, steps)
+            # One row of diagonal and one count of steps, as all of them have: what is divided by is computed once.
+            direction = optimizer.direction({"rows": grads}, state, {"rows": diagonals[-1][None]}, steps[:1])
             typical = rms_of(direction).median()
             step_rms[-1].append(typical)
-            rows = rows + optimizer.scaled(direction, typical.expand(len(seeds)), Extra(steps, rate))["rows"]
+            rows += optimizer.scaled(direction, typical.expand(len(seeds)), Extra(steps, rate))["rows"]
             steps = steps + 1
+        if stop.target is None or first + stop.cadence >= stop.max_steps:
+            continue
         _, quality = evaluate(field, signal, rows, batch, apply=taken.apply)
-        if stop.target is not None and bool(quality.median() >= stop.target):
+        if bool(quality.median() >= stop.target):
             break
     typical_steps = torch.stack([torch.stack(interval).mean() for interval in step_rms])
     return Calibration(torch.stack(diagonals), typical_steps, optimizer.update_every)
+
+
+def _on_threads(step: Step, threads: int) -> Step:
+    """The step, on so many threads if it is native and they are more than torch has. Torch's own operations stay where
+    they are: its threads would wait for more of them awake, in the way of the step's."""
+    if step.name != "native" or threads <= torch.get_num_threads():
+        return step
+
+    def spread(function: Callable[_Keys, _Returned]) -> Callable[_Keys, _Returned]:
+        @wraps(function)
+        def call(*args: _Keys.args, **keys: _Keys.kwargs) -> _Returned:
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            try:
+                return function(*args, **keys)
+            finally:
+                torch.set_num_threads(before)
+
+        return call
+
+    def apply(field: Field, rows: Tensor) -> Apply:
+        return spread(step.apply(field, rows))
+
+    return replace(step, gradient=spread(step.gradient), gradient_and_hvp=spread(step.gradient_and_hvp), apply=apply)

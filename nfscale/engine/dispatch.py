@@ -118,7 +118,7 @@ def _native(
         return why
     if why := native.unavailable():
         return _missed("native", why, by_itself)
-    advance = native.native_steps if knows(optimizer, with_probes=True) else None
+    advance = native.native_steps if knows(optimizer, all_of_them=True) else None
     return Step("native", native.native_gradient, native.native_apply, advance, native.native_gradient_and_hvp)
 
 

@@ -2,8 +2,8 @@
 
 From the weight-scaled initialization on, in rounds: a few data are fitted from theta0 for some steps of annealed Adam,
 and theta0 moves by what became of them, as one of the `LEARNERS` says. The steps are those of the engine, minibatches
-and schedule included; where the learner looks through them, their twins with a graph (`nfscale.engine.unrolled`). For
-neural fields: Sitzmann et al., "MetaSDF" (NeurIPS 2020), and Tancik et al., "Learned Initializations for Optimizing
+and schedule included; where the learner looks through them, each is kept for the way back (`nfscale.engine.unrolled`).
+For neural fields: Sitzmann et al., "MetaSDF" (NeurIPS 2020), and Tancik et al., "Learned Initializations for Optimizing
 Coordinate-Based Neural Representations" (CVPR 2021).
 """
 
@@ -129,15 +129,15 @@ def _moved(inner: "_Inner", learner: FirstOrder, rounds: list[list[int]], row: T
 
 def _descended(inner: "_Inner", learner: MAML, rounds: list[list[int]], row: Tensor) -> _Outcome:
     """By gradients through the fits."""
-    adam, taken = inner.optimizer, learner.inner_steps * len(rounds[0])
-    before = _geometric_mean(inner.fits(row, rounds[0], 0)[1])
-    unrolled = Unrolled(inner.field, inner.signal, adam.learning_rate, (adam.beta1, adam.beta2), inner.sampler)
-    descent = Descent(learner, unrolled, row)
+    before, taken = _geometric_mean(inner.fits(row, rounds[0], 0)[1]), learner.inner_steps * len(rounds[0])
+    descent = Descent(learner, row)
     for done, places in enumerate(rounds):
+        fits = inner.unrolled(places, done, learner.steps_after(done))
         try:
-            taken += descent.go_on(*inner.together(places, done), done)
+            descent.go_on(fits, done)
         except FloatingPointError:
             raise ValueError(_diverged(done)) from None
+        taken += fits.count * len(places)
     return descent.theta0, descent.factors, before, taken
 
 
@@ -173,6 +173,12 @@ class _Inner:
         samples = stack_samples([self.data[place][1] for place in places], self.device)
         seeds = [datum_seed(self.seed, f"{number}\0{self.data[place][0]}") for place in places]
         return samples, as_tensor(seeds, self.device)
+
+    def unrolled(self, places: Sequence[int], number: int, count: int) -> Unrolled:
+        """The fits of a round, to go back through."""
+        return Unrolled(
+            self.field, self.signal, self.optimizer, self.sampler, self.step, *self.together(places, number), count
+        )
 
     def fits(self, row: Tensor, places: Sequence[int], number: int) -> tuple[Tensor, Tensor, Tensor]:
         """What some data become from a start [P]: params [T, P], losses [T] and the slopes of their logarithms [T, P].

@@ -109,10 +109,10 @@ class MAML:
 
     data: int = 256
     """As of reptile, and so are the next three."""
-    rounds: int = 400
-    tasks: int = 8
+    rounds: int = 1000
+    tasks: int = 16
     inner_steps: int = 20
-    """That unseen data should need: a third, say, of what they need from a draw. All of them are kept in memory."""
+    """That unseen data should need: a third, say, of what they need from a draw."""
     outer_rate: float = 1e-3
     """Of Adam, along a cosine."""
 
@@ -138,7 +138,7 @@ class MAML:
 class MetaSGD(MAML):
     """As maml, and with theta0 a factor of each param on the rate of optimizer.kind=adam."""
 
-    rate_of_rates: float = 0.05
+    rate_of_rates: float = 0.02
     """As outer_rate, of the logarithms of the factors."""
 
     learns_rates: ClassVar[bool] = True

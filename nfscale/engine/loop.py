@@ -32,7 +32,7 @@ from nfscale.fields import Field, theta0_of
 from nfscale.optim import Optimizer, Scheduled, Solver
 from nfscale.rng import as_tensor, datum_seed
 from nfscale.signals import Samples, Signal
-from nfscale.signals.base import Kind
+from nfscale.signals.base import Apply, Kind
 
 _Keys = ParamSpec("_Keys")
 _FALLEN = 10.0
@@ -100,6 +100,7 @@ def fit_and_checks(
     observe: Callable[[Check], None] | None = None,
     resume: Snapshot | None = None,
     step_plan: Mapping[str, int] | None = None,
+    capacities: dict[Kind, int] | None = None,
 ) -> Iterator[Fitted | Check]:
     """Fit one field to each datum; fields come out in the order in which they finish, and among them each check.
 
@@ -124,6 +125,7 @@ def fit_and_checks(
         resume: fields that go on from where a check had them; data that are not among them start as ever.
         step_plan: steps by the datum's id, of the field's own schedule and at most, in place of `stop.max_steps`, which
             holds for data that are not in it. Multiples of `stop.check_every`.
+        capacities: slots that earlier fits of this kind have found, where `batch` is "auto"; what is found is put in.
 
     Raises:
         ValueError: if the optimiser needs a calibration and none is given, the step cannot serve what it is given
@@ -138,6 +140,7 @@ def fit_and_checks(
     if "diagonal" in optimizer.needs and calibration is None:
         raise ValueError("this optimiser uses curvature that fields share; pass calibration=nfscale.calibrate(...)")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    taken = chosen(step, device, field, signal, optimizer, precision)
     loop = _Loop(
         field=field,
         signal=signal,
@@ -149,13 +152,14 @@ def fit_and_checks(
         sampling=sampling,
         calibration=calibration.to(device) if calibration is not None else None,
         batch=batch,
-        step=chosen(step, device, field, signal, optimizer, precision),
+        step=taken,
         device=device,
         clock=clock or (lambda: 0.0),
         observe=observe or (lambda check: None),
         resume=resume,
         step_plan=step_plan,
-        capacities={},
+        capacities={} if capacities is None else capacities,
+        at_start=_AtStart(taken.apply),
     )
     return loop.run_all(_Queue(data))
 
@@ -286,6 +290,27 @@ class _Queue:
         return line.popleft() if line else None
 
 
+class _AtStart:
+    """`apply` of rows that are all theta0: computed once for as long as the data have the same coordinates."""
+
+    def __init__(self, apply: Callable[[Field, Tensor], Apply]) -> None:
+        self._apply = apply
+        self._known: tuple[Tensor, Tensor] | None = None
+        """Coordinates [1, n, D] and the values there [1, n, C]."""
+
+    def __call__(self, field: Field, rows: Tensor) -> Apply:
+        def at(coordinates: Tensor) -> Tensor:
+            if self._known is not None:
+                known, values = self._known
+                if known.shape[1:] == coordinates.shape[1:] and torch.equal(known.expand_as(coordinates), coordinates):
+                    return values.expand(len(rows), -1, -1)
+            values = self._apply(field, rows)(coordinates)
+            self._known = coordinates[:1].clone(), values[:1].clone()
+            return values
+
+        return at
+
+
 @dataclass(frozen=True)
 class _Loop:
     field: Field
@@ -306,6 +331,7 @@ class _Loop:
     step_plan: Mapping[str, int] | None
     capacities: dict[Kind, int]
     """Slots by kind of data, once they are known; fewer where those turned out to be too many."""
+    at_start: _AtStart
 
     def run_all(self, queue: _Queue) -> Iterator[Fitted | Check]:
         """Fit all data, one kind after the other."""
@@ -469,7 +495,9 @@ class _Loop:
             return {}
         which = _padded(indices, len(batch.slots))
         errors = self._errors(batch, which) if batch.sampler.selects else None
-        measured = evaluate(self.field, self.signal, batch.rows, batch.samples, which, self.step.apply, errors)
+        begin = self.theta0 is not None and not any(batch.slot(index).step for index in indices)
+        apply = self.at_start if begin else self.step.apply
+        measured = evaluate(self.field, self.signal, batch.rows, batch.samples, which, apply, errors)
         loss, quality = (t.tolist() for t in measured)
         if errors is not None and (moved := [n for n, index in enumerate(indices) if batch.slot(index).step]):
             batch.select([indices[n] for n in moved], errors[moved])

@@ -55,6 +55,11 @@ INLINE V nearest(V a) { return {_mm512_roundscale_ps(a.all, _MM_FROUND_TO_NEARES
 // The sign bit of lanes whose integer is odd, and its use.
 INLINE V odd(V a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtps_epi32(a.all), 31))}; }
 INLINE V flipped(V a, V sign) { return {_mm512_xor_ps(a.all, sign.all)}; }
+// The sums of the lanes that are four apart, the halves first.
+INLINE __m128 folded(V a) {
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a.all), _mm512_extractf32x8_ps(a.all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
 
 #elif defined(__AVX2__) && defined(__FMA__)
 
@@ -83,6 +88,10 @@ INLINE V nearest(V a) {
 INLINE __m256 odd(__m256 a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtps_epi32(a), 31)); }
 INLINE V odd(V a) { return {odd(a.low), odd(a.high)}; }
 INLINE V flipped(V a, V sign) { return {_mm256_xor_ps(a.low, sign.low), _mm256_xor_ps(a.high, sign.high)}; }
+INLINE __m128 folded(V a) {
+    __m256 half = _mm256_add_ps(a.low, a.high);
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
 
 #else  // whatever the compiler makes of vectors of four
 
@@ -119,6 +128,9 @@ INLINE V nearest(V a) { EACH(nearest(a.part[i])); }
 INLINE V odd(V a) { EACH((Four)(__builtin_convertvector(a.part[i], FourWords) << 31)); }
 INLINE V flipped(V a, V sign) { EACH((Four)((FourWords)a.part[i] ^ (FourWords)sign.part[i])); }
 #undef EACH
+#if defined(__SSE2__)
+INLINE __m128 folded(V a) { return (__m128)((a.part[0] + a.part[2]) + (a.part[1] + a.part[3])); }
+#endif
 
 #endif
 
@@ -131,6 +143,22 @@ INLINE float sum(V a) {
         }
     }
     return lane[0];
+}
+
+// The sums of four, each in the order of `sum`.
+INLINE void sums_of_four(const V (&a)[4], float (&to)[4]) {
+#if defined(__SSE2__)
+    __m128 quarter[4];
+    for (int i = 0; i < 4; i++) {
+        quarter[i] = folded(a[i]);
+    }
+    _MM_TRANSPOSE4_PS(quarter[0], quarter[1], quarter[2], quarter[3]);
+    _mm_storeu_ps(to, _mm_add_ps(_mm_add_ps(quarter[0], quarter[2]), _mm_add_ps(quarter[1], quarter[3])));
+#else
+    for (int i = 0; i < 4; i++) {
+        to[i] = sum(a[i]);
+    }
+#endif
 }
 
 // sin(pi r) / r and cos(pi r) as polynomials in r^2 for |r| <= 1/2, minimax: with rounding, errors below 1.4e-7.
@@ -290,6 +318,7 @@ struct Update {
     const int64_t* diagonal_row;   // [fields, steps]
     const float* inverse_diagonal; // [rows, P]
     int64_t* probes;               // [fields]: taken so far, of a diagonal of the field's own
+    const float* factors;          // [P]: of each param on the step size of Adam, or null
     int64_t update_every, probe_stream;
     double beta1, beta2, epsilon, damping;
 };
@@ -722,8 +751,8 @@ class Worker {
 
     static V zero(int64_t) { return same(0.0f); }
 
-    template <bool WITH_COSINE>
-    void forward(int64_t count) {
+    template <bool WITH_COSINE>  // inline in any case: in `apply`, compilers otherwise make code of it a tenth slower
+    INLINE void forward(int64_t count) {
         for (int64_t index = 0; index < net.depth; index++) {
             const Layer& layer = layers[index];
             const float* before = index ? layers[index - 1].output : points;
@@ -791,33 +820,44 @@ class Worker {
         }
     }
 
-    // The linear layer: values of the tile's points.
+    // The linear layer: values of the tile's points, four at a time. Those of what fills it up count nothing.
     void evaluate(int64_t count) {
         const float* before = layers.back().output;
-        for (int64_t point = 0; point < count; point++) {
+        for (int64_t point = 0; point < count; point += 4) {
             for (int64_t c = 0; c < net.channels; c++) {
-                outputs[point * net.channels + c] = dot(before + point * stride, packed.last, c) + packed.last_bias[c];
+                float values_[4];
+                dots(before + point * stride, packed.last, c, values_);
+                for (int i = 0; i < 4; i++) {
+                    outputs[(point + i) * net.channels + c] = values_[i] + packed.last_bias[c];
+                }
             }
         }
     }
 
     void evaluate_along(int64_t count) {
         const Layer& top = layers.back();
-        for (int64_t point = 0; point < count; point++) {
+        for (int64_t point = 0; point < count; point += 4) {
             for (int64_t c = 0; c < net.channels; c++) {
-                const float along = dot(top.output_along + point * stride, packed.last, c);
-                outputs_along[point * net.channels + c] =
-                    dot(top.output + point * stride, probe.last, c) + along + probe.last_bias[c];
+                float along[4], values_[4];
+                dots(top.output_along + point * stride, packed.last, c, along);
+                dots(top.output + point * stride, probe.last, c, values_);
+                for (int i = 0; i < 4; i++) {
+                    outputs_along[(point + i) * net.channels + c] = values_[i] + along[i] + probe.last_bias[c];
+                }
             }
         }
     }
 
-    INLINE float dot(const float* units, const float* last, int64_t channel) const {
-        V total = same(0.0f);
+    // Products of the units of four points with the weights of a channel.
+    INLINE void dots(const float* units, const float* last, int64_t channel, float (&to)[4]) const {
+        V totals[4] = {same(0.0f), same(0.0f), same(0.0f), same(0.0f)};
         for (int64_t group = 0; group < across; group++) {
-            total = fused(load(units + group * LANES), load(last + (group * net.channels + channel) * LANES), total);
+            const V weight = load(last + (group * net.channels + channel) * LANES);
+            for (int i = 0; i < 4; i++) {
+                totals[i] = fused(load(units + i * stride + group * LANES), weight, totals[i]);
+            }
         }
-        return sum(total);
+        sums_of_four(totals, to);
     }
 
     // --- backward
@@ -1063,13 +1103,22 @@ class Worker {
         const V beta2 = same(static_cast<float>(update.beta2)), rest2 = same(static_cast<float>(1 - update.beta2));
         const V epsilon = same(static_cast<float>(update.epsilon)), correction = same(1 / update.correction[at]);
         const V step_size = same(update.step_size[at]);
+        const int64_t whole = size / LANES * LANES;
+        float tail[LANES] = {};
+        if (update.factors) {
+            std::memcpy(tail, update.factors + whole, (size - whole) * sizeof(float));
+        }
         for (int64_t p = 0; p < size; p += LANES) {  // buffers end at a multiple of the lanes, in zeros
             V g = load(gradient + p);
             V mean = load(moments[0] + p) * beta1 + g * rest1;
             V square = load(moments[1] + p) * beta2 + g * g * rest2;
             store(moments[0] + p, mean);
             store(moments[1] + p, square);
-            store(row + p, load(row + p) - mean / (root(square) * correction + epsilon) * step_size);
+            V change = mean / (root(square) * correction + epsilon) * step_size;
+            if (update.factors) {
+                change = change * load(p < whole ? update.factors + p : tail);
+            }
+            store(row + p, load(row + p) - change);
         }
     }
 

@@ -55,7 +55,7 @@ class _Update(Structure):
     _fields_ = (
         ("kind", c_int64),
         *((name, c_void_p) for name in ("first", "second", "step_size", "correction", "longest")),
-        *((name, c_void_p) for name in ("diagonal_row", "inverse_diagonal", "probes")),
+        *((name, c_void_p) for name in ("diagonal_row", "inverse_diagonal", "probes", "factors")),
         *((name, c_int64) for name in ("update_every", "probe_stream")),
         *((name, c_double) for name in ("beta1", "beta2", "epsilon", "damping")),
     )
@@ -252,7 +252,8 @@ def _update(updates: Updates) -> _Update:
     """Points into tensors of `updates`, which must live as long."""
     kind = _SHARED_DIAGONAL if updates.second is None else _ADAM if updates.probes is None else _OWN_DIAGONAL
     scalars = {name: getattr(updates, name) for name in ("beta1", "beta2", "epsilon", "damping", "update_every")}
-    names = ("first", "second", "step_size", "correction", "longest", "diagonal_row", "inverse_diagonal", "probes")
+    moments = ("first", "second", "step_size", "correction", "longest")
+    names = (*moments, "diagonal_row", "inverse_diagonal", "probes", "factors")
     tensors = {name: getattr(updates, name) for name in names}
     addresses = {name: _address(tensor) for name, tensor in tensors.items() if tensor is not None}
     return _Update(kind=kind, probe_stream=int(Stream.PROBE), **addresses, **scalars)

@@ -180,8 +180,13 @@ def training_samples(
     """
     coordinates, values, mask = samples.coordinates, samples.values, samples.mask
     if positions is not None:
-        fields = torch.arange(len(positions), device=positions.device)[:, None]
-        coordinates, values = coordinates[fields, positions], values[fields, positions]
-        mask = None if mask is None else mask[fields, positions]
+        # Places among the samples of all fields: indexing by field and position takes twice as long.
+        starts = torch.arange(len(positions), device=positions.device)[:, None] * values.shape[1]
+        places = (starts + positions).flatten()
+
+        def drawn(tensor: Tensor) -> Tensor:
+            return tensor.flatten(0, 1).index_select(0, places).unflatten(0, positions.shape)
+
+        coordinates, values, mask = drawn(coordinates), drawn(values), None if mask is None else drawn(mask)
     jitter = uniform(seeds, Stream.JITTER, steps, values.shape[1]) if signal.jittered else None
     return Samples(coordinates, values, mask, jitter=jitter)

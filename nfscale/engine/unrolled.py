@@ -1,19 +1,21 @@
 """Fits that gradients go through: what `MAML` and `MetaSGD` learn by.
 
-A round fits a few data for K steps of annealed Adam, each step part of one graph. The mean of log(loss) at their ends,
-on what the next few steps would see, is what theta0 and the logarithms of the factors on the rates descend, by Adam on
-gradients of norm 1. The graph holds what K steps of all tasks compute: about 40 bytes for each unit of
-each layer, sample, step and task.
+A round fits a few data for K steps of annealed Adam. The mean of log(loss) at their ends, on what the next few steps
+would see, is what theta0 and the logarithms of the factors on the rates descend, by Adam on gradients of norm 1. The
+way back through the steps needs no graph: the slope after a step gives the slope before it by one Hessian-vector
+product of the batched step (reverse mode by hand; Pearlmutter, "Fast Exact Multiplication by the Hessian", 1994), so a
+step that is learned through costs about four that are only taken. Kept are 16 bytes for each weight, step and task.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from nfscale.engine.dispatch import Step
 from nfscale.engine.learners import MAML
 from nfscale.engine.sampling import Sampler
-from nfscale.engine.step import losses_of, training_samples
+from nfscale.engine.step import training_samples
 from nfscale.fields import Field
 from nfscale.optim import Adam, Schedule
 from nfscale.signals import Samples, Signal
@@ -26,54 +28,102 @@ _SMALLEST_SQUARE = 1e-20
 
 @dataclass(frozen=True)
 class Unrolled:
-    """Steps of Adam from theta0, as the engine takes them, but within a graph."""
+    """Some data, and steps of Adam on them as the engine takes them, each kept for the way back."""
 
     field: Field
     signal: Signal
-    learning_rate: float
-    betas: tuple[float, float]
+    adam: Adam
+    """Its rate and betas; its schedule is a cosine over the steps of the round."""
     sampler: Sampler
+    step: Step
+    samples: Samples
+    """Of T data, [T, N, ...]."""
+    seeds: Tensor
+    """int64 [T], by which minibatches are drawn."""
+    count: int
+    """Of the steps."""
 
-    def fitted(self, theta0: Tensor, factors: Tensor, samples: Samples, seeds: Tensor, count: int) -> Tensor:
-        """Params [T, P] after `count` steps from theta0 [T, P], the rate of each times its factor [T, P].
+    def fitted(self, theta0: Tensor, factors: Tensor) -> "Path":
+        """From theta0 [T, P], the rate of each param times its factor [T, P], all the steps on."""
+        path = Path(self, factors, [theta0], [], [], [])
+        mean, square = torch.zeros_like(theta0), torch.zeros_like(theta0)
+        for number in range(self.count):
+            _, gradient = self.step.gradient(self.field, self.signal, path.rows, self.part(number))
+            mean = torch.lerp(mean, gradient, 1 - self.adam.beta1)
+            square = torch.lerp(square, gradient.square(), 1 - self.adam.beta2)
+            size, correction = self.sizes(number)
+            root = (square + _SMALLEST_SQUARE).sqrt() / correction + self.adam.epsilon
+            path.starts.append(path.rows - size * factors * mean / root)
+            path.gradients.append(gradient)
+            path.means.append(mean)
+            path.squares.append(square)
+        return path
 
-        Args:
-            samples: of T data, [T, N, ...].
-            seeds: int64 [T], by which minibatches are drawn.
-        """
-        fields = len(seeds)
-        adam = Adam(self.learning_rate, Schedule("cosine", count), *self.betas)
-        steps = torch.zeros(fields, dtype=torch.int64, device=seeds.device)
-        positions = None if self.sampler.is_full else self.sampler.positions(seeds, steps, count)
-        rows, mean, square = theta0, torch.zeros_like(theta0), torch.zeros_like(theta0)
-        for number in range(count):
-            drawn = None if positions is None else positions[:, number]
-            part = training_samples(self.signal, samples, drawn, seeds, steps + number)
-            (gradient,) = torch.autograd.grad(self._losses(rows, part).sum(), rows, create_graph=True)
-            mean = adam.beta1 * mean + (1 - adam.beta1) * gradient
-            square = adam.beta2 * square + (1 - adam.beta2) * gradient.square()
-            size, correction = adam.step_sizes(steps[0] + number, torch.ones((), device=seeds.device))
-            root = (square + _SMALLEST_SQUARE).sqrt() / correction + adam.epsilon
-            rows = rows - size * factors * mean / root
-        return rows
+    def part(self, number: int) -> Samples:
+        """What the step of this number sees; the number after the last one is what fits are measured on."""
+        steps = torch.full_like(self.seeds, number)
+        if self.sampler.is_full:
+            return training_samples(self.signal, self.samples, None, self.seeds, steps)
+        at_once = 1 if number < self.count else _MEASURED_STEPS
+        positions = self.sampler.positions(self.seeds, steps, at_once).flatten(1)
+        return training_samples(self.signal, self.samples, positions, self.seeds, steps)
 
-    def log_losses(self, rows: Tensor, samples: Samples, seeds: Tensor, count: int) -> Tensor:
-        """Of params [T, P] after `count` steps, on the samples of the next few: [T]."""
-        steps = torch.full_like(seeds, count)
-        positions = None
-        if not self.sampler.is_full:
-            positions = self.sampler.positions(seeds, steps, _MEASURED_STEPS).flatten(1)
-        return self._losses(rows, training_samples(self.signal, samples, positions, seeds, steps)).log()
+    def sizes(self, number: int) -> tuple[Tensor, Tensor]:
+        """As `Adam.step_sizes`."""
+        annealed = replace(self.adam, schedule=Schedule("cosine", self.count))
+        return annealed.step_sizes(torch.tensor(number), torch.ones(()))
 
-    def _losses(self, rows: Tensor, samples: Samples) -> Tensor:
-        return losses_of(self.field, self.signal, samples)(self.field.layout.unravel(rows))
+
+@dataclass(frozen=True)
+class Path:
+    """What the steps did: params [T, P] before each and after the last, gradients and moments of each."""
+
+    fits: Unrolled
+    factors: Tensor
+    starts: list[Tensor]
+    gradients: list[Tensor]
+    means: list[Tensor]
+    squares: list[Tensor]
+
+    @property
+    def rows(self) -> Tensor:
+        """Params [T, P] after all steps."""
+        return self.starts[-1]
+
+    def end(self) -> tuple[Tensor, Tensor]:
+        """log(loss) [T] of where it ends and its slopes there [T, P], on the samples of the next few steps."""
+        fits = self.fits
+        losses, gradient = fits.step.gradient(fits.field, fits.signal, self.rows, fits.part(fits.count))
+        return losses.log(), gradient / losses[:, None]
+
+    def slopes(self) -> tuple[Tensor, Tensor]:
+        """Of log(loss) at the end by theta0, and by the logarithms of the factors: [T, P] each."""
+        fits, adam = self.fits, self.fits.adam
+        _, by_rows = self.end()
+        by_mean, by_square, by_factors = (torch.zeros_like(by_rows) for _ in range(3))
+        for number in reversed(range(fits.count)):
+            gradient, mean, square = self.gradients[number], self.means[number], self.squares[number]
+            size, correction = fits.sizes(number)
+            bare = (square + _SMALLEST_SQUARE).sqrt()
+            root = bare / correction + adam.epsilon
+            pull = size * self.factors * by_rows / root
+            by_factors -= pull * mean
+            by_mean = by_mean - pull
+            by_square = by_square + pull * mean / root / (2 * correction * bare)
+            by_gradient = (1 - adam.beta1) * by_mean + 2 * (1 - adam.beta2) * gradient * by_square
+            *_, through = fits.step.gradient_and_hvp(
+                fits.field, fits.signal, self.starts[number], fits.part(number), by_gradient
+            )
+            by_rows = by_rows + through
+            by_mean, by_square = adam.beta1 * by_mean, adam.beta2 * by_square
+        return by_rows, by_factors
 
 
 class Descent:
     """theta0 and factors on the way down."""
 
-    def __init__(self, learner: MAML, unrolled: Unrolled, theta0: Tensor) -> None:
-        self.learner, self.unrolled = learner, unrolled
+    def __init__(self, learner: MAML, theta0: Tensor) -> None:
+        self.learner = learner
         self._rows = [
             theta0.clone().requires_grad_(),
             torch.zeros_like(theta0, requires_grad=learner.learns_rates),  # the logarithms of the factors
@@ -91,29 +141,27 @@ class Descent:
         """float32 [P] on the rates; None where they are not learned."""
         return self._rows[1].detach().exp() if self.learner.learns_rates else None
 
-    def go_on(self, samples: Samples, seeds: Tensor, done: int) -> int:
-        """One round after `done` of them; how many steps its fits took in all. Fits that diverge are left out.
+    def go_on(self, fits: Unrolled, done: int) -> None:
+        """One round after `done` of them. Fits that diverge are left out.
 
         Raises:
             FloatingPointError: if more than half of them diverge.
         """
-        count = self.learner.steps_after(done)
-        each = [row.detach().repeat(len(seeds), 1).requires_grad_(row.requires_grad) for row in self._rows]
-        rows = self.unrolled.fitted(each[0], each[1].exp(), samples, seeds, count)
-        self.unrolled.log_losses(rows, samples, seeds, count).sum().backward()
-        for group, tasks, rate in zip(self._adam.param_groups, each, self.learner.outer_rates(done), strict=False):
-            (row,) = group["params"]
-            row.grad, group["lr"] = _typical(tasks.grad), rate
+        theta0, logarithms = (row.detach().repeat(len(fits.seeds), 1) for row in self._rows)
+        slopes = fits.fitted(theta0, logarithms.exp()).slopes()
+        learned = [(row, slope) for row, slope in zip(self._rows, slopes, strict=True) if row.requires_grad]
+        for group, (row, slope), rate in zip(
+            self._adam.param_groups, learned, self.learner.outer_rates(done), strict=True
+        ):
+            row.grad, group["lr"] = _typical(slope), rate
         self._adam.step()
-        return count * len(seeds)
 
 
-def _typical(gradients: Tensor | None) -> Tensor:
+def _typical(gradients: Tensor) -> Tensor:
     """The direction of tasks together, of their gradients [T, P], none of them longer than the median: [P] of norm 1.
 
     Gradients through fits that go astray are a hundred times longer than the others, and say nothing.
     """
-    assert gradients is not None, "of what is learned"
     norms = gradients.norm(dim=1, keepdim=True)
     good = torch.isfinite(norms[:, 0])
     if 2 * int(good.sum()) < len(norms):

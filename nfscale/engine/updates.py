@@ -1,13 +1,13 @@
 """What an optimiser needs for many updates at once, as tensors: for steps that take all of them in one call."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nfscale.layout import Params
-from nfscale.optim import ESGD, Adam, Optimizer, Solver
+from nfscale.optim import ESGD, Adam, Optimizer, Scaled, Solver
 from nfscale.optim.base import State
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class Updates:
     """float32 [U, P]: 1 / (D + damping) of every row of the calibration."""
     probes: Tensor | None = None
     """int64 [F]: how many `second`, the running mean of (Hv)^2, is made of; it moves."""
+    factors: Tensor | None = None
+    """float32 [P]: of each param on the step size of Adam."""
     beta1: float = 0.0
     beta2: float = 0.0
     epsilon: float = 0.0
@@ -42,13 +44,15 @@ class Updates:
     update_every: int = 1
 
 
-def knows(optimizer: Optimizer | Solver, with_probes: bool = False) -> bool:
+def knows(optimizer: Optimizer | Solver, all_of_them: bool = False) -> bool:
     """Whether there are `Updates` of this optimiser; a subclass may do something else.
 
     Args:
-        with_probes: the step takes Hessian-vector products itself.
+        all_of_them: also such as have `probes` or `factors`.
     """
-    return type(optimizer) is Adam or (type(optimizer) is ESGD and (with_probes or optimizer.curvature == "shared"))
+    if type(optimizer) is Scaled:
+        return all_of_them and type(optimizer.inner) is Adam
+    return type(optimizer) is Adam or (type(optimizer) is ESGD and (all_of_them or optimizer.curvature == "shared"))
 
 
 def updates_of(
@@ -61,6 +65,9 @@ def updates_of(
     lengths: Tensor | None = None,
 ) -> Updates:
     """The next `count` updates of fields that have had `steps` int64 [F], at `rate` float32 [F]; `lengths`: `Extra`."""
+    if isinstance(optimizer, Scaled):
+        inner = updates_of(optimizer.inner, calibration, state, steps, rate, count, lengths)
+        return replace(inner, factors=optimizer.of(inner.first.shape[1]))
     index = torch.arange(count, device=steps.device)
     every, rate = steps[:, None] + index, rate[:, None]
     lengths = None if lengths is None else lengths[:, None]

@@ -5,12 +5,13 @@ which every beginning is spread evenly over the sorted ones. So the sample can e
 spent. Everything is what an encode runs: plan, calibration, shards, rows on disk; only the folder is a temporary one.
 """
 
+import multiprocessing
 import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
-from dataclasses import dataclass, replace
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -19,13 +20,12 @@ import pyarrow.parquet as pq
 
 from nfscale.datasets import Dataset, seeded_sample
 from nfscale.difficulty import difficulties
-from nfscale.engine import Check
 from nfscale.errors import EncodeError
 from nfscale.job import EncodeJob
-from nfscale.plan.trials import as_worker, fitted_shard, processes_of
+from nfscale.plan.trials import as_worker, first_check, fitted_shard
 from nfscale.planner import make_plan
 from nfscale.rng import datum_seed
-from nfscale.run import OpenRun, calibrate_run, prepared_of
+from nfscale.run import OpenRun, calibrate_run
 from nfscale.store.run_folder import Commit, Plan, RunFolder
 
 _POOL = 512  # data drawn at most
@@ -96,7 +96,7 @@ def fitted_sample(
             calibrate_run(run)
         calibrated = clock()
         positions = stratified(run, seed)
-        with processes_of(processes) as executor:
+        with _processes(processes) as executor:
             reports, slots = _fitted_for(executor, temporary, positions, seconds, processes, clock)
         if not reports:
             raise EncodeError("no datum of the sample was fitted")
@@ -152,6 +152,13 @@ class _Report:
     peak_bytes: int
 
 
+def _processes(count: int) -> Executor:
+    """So many that fit; one is this one."""
+    if count == 1:
+        return ThreadPoolExecutor(1)
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+
+
 def _fitted_for(
     executor: Executor, folder: str, positions: list[int], seconds: float, processes: int, clock: Callable[[], float]
 ) -> tuple[list[_Report], int]:
@@ -191,7 +198,7 @@ def _warmed(folder: str, positions: Sequence[int]) -> int:
     with as_worker():
         run, whole = _opened(folder)
         run.dataset = whole
-        slots = _slots(run, positions)
+        slots = first_check(run, positions)
         time.sleep(_SPREAD_SECONDS)  # so that no process warms up twice and another not at all
         return slots
 
@@ -202,16 +209,3 @@ def _fit_chunk(folder: str, number: int, positions: list[int]) -> _Report:
         run, whole = _opened(folder)
         commit = fitted_shard(run, whole, positions, number)
     return _Report(commit, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-
-
-def _slots(run: OpenRun, positions: Sequence[int]) -> int:
-    """How many fields the job fits together, by one check of a field of the sample; 0 where none can be read."""
-    for position in positions:
-        samples = prepared_of(run.signal, run.dataset.read(position), run.job.fit.samples == "full")
-        if isinstance(samples, str):
-            continue
-        every = getattr(run.optimizer, "update_every", 1)
-        stop = replace(run.job.fit.stop(), max_steps=every, check_every=every)
-        events = list(run.fits(iter([("one", samples)]), stop=stop))
-        return max(event.slots for event in events if isinstance(event, Check))
-    return 0

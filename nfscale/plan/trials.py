@@ -1,27 +1,32 @@
-"""Settings of a job on trial: each fits the same few data, and tells what that took and came to."""
+"""Settings of a job on trial: each fits the same few data, and tells what that took and came to.
+
+A trial is a call to one of a pool's workers, which opens the dataset and has a folder of its own for the while of it:
+what comes back is an `Outcome`. So it may be made again wherever its worker is lost.
+"""
 
 import contextlib
 import json
-import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 
+from nfscale.coordinator import Failure
 from nfscale.datasets import Dataset
 from nfscale.datasets.base import Subset
 from nfscale.encode import ShardReport, encode_shard, new_attempt
-from nfscale.errors import NfscaleError
+from nfscale.engine import Check
+from nfscale.errors import EncodeError, NfscaleError
 from nfscale.job import EncodeJob, job_from_settings
 from nfscale.planner import make_plan
-from nfscale.run import OpenRun, calibrate_run
+from nfscale.pool import Failed, Pool, call_all
+from nfscale.run import OpenRun, calibrate_run, prepared_of
 from nfscale.store import RunFolder, WeightsTable
 from nfscale.store.run_folder import Commit, Shard
 
@@ -48,7 +53,12 @@ class Outcome:
     """Of a field."""
     quality_name: str = ""
     why_not: str = ""
-    """Why the settings cannot be used: they diverge, or do not go together."""
+    """Why the settings cannot be used: they diverge, do not go together, or end the process that tries them."""
+
+
+def unusable(data: int, why: str) -> Outcome:
+    """Of settings that came to nothing on so many data."""
+    return Outcome(data, float("nan"), float("nan"), 0, "", " ".join(why.split()))
 
 
 def overrides_of(settings: dict[str, Any], choices: Choices) -> list[str]:
@@ -70,38 +80,59 @@ def overrides_of(settings: dict[str, Any], choices: Choices) -> list[str]:
 
 
 class Trials:
-    """Fits settings to data, each in one of several processes.
+    """Fits settings to data, each by one of a pool's workers.
 
     Args:
         settings: of the job that is varied.
         positions: of the data in the dataset; a trial takes the first so many of them.
-        processes: at once.
+        pool: of workers for calls.
+        tell: is told what the pool waits for, if it has to.
     """
 
-    def __init__(self, settings: dict[str, Any], positions: Sequence[int], processes: int) -> None:
-        self.settings, self.positions, self._processes = settings, list(positions), processes
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        positions: Sequence[int],
+        pool: Pool,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.settings, self.positions, self._pool, self._tell = settings, list(positions), pool, tell
         self.outcomes: dict[tuple[Choices, int], Outcome] = {}
 
-    @cached_property
-    def _executor(self) -> Executor:
-        return processes_of(self._processes)
-
     def tried(self, several: Sequence[Choices], data: int, first: int = 0) -> list[Outcome]:
-        """What became of each of these on `data` of the data, from the `first` one on."""
+        """What became of each of these on `data` of the data, from the `first` one on.
+
+        Raises:
+            EncodeError: if a trial fails in a way that says nothing about its settings.
+        """
         positions = self.positions[first : first + data]
-        futures = {
-            choices: self._executor.submit(_fitted, self.settings, choices, positions)
-            for choices in several
-            if first or (choices, data) not in self.outcomes
-        }
-        done = {choices: future.result() for choices, future in futures.items()}
+        anew = [choices for choices in several if first or (choices, data) not in self.outcomes]
+        made = call_all(self._pool, fitted, [(self.settings, choices, positions) for choices in anew], self._tell)
+        done = dict(zip(anew, map(_outcome_of, made, [data] * len(made)), strict=True))
         if first:
             return [done[choices] for choices in several]
         self.outcomes |= {(choices, data): outcome for choices, outcome in done.items()}
         return [self.outcomes[choices, data] for choices in several]
 
-    def close(self) -> None:
-        self._executor.shutdown(cancel_futures=True)
+
+def _outcome_of(made: Outcome | Failed, data: int) -> Outcome:
+    if not isinstance(made, Failed):
+        return made
+    if made.failure is Failure.CRASH:
+        return unusable(data, made.message)
+    raise EncodeError(f"a trial failed: {made.message}")
+
+
+def fitted(settings: dict[str, Any], choices: Choices, positions: list[int]) -> Outcome:
+    """Fit some data with these choices, in a process that has done so before."""
+    _warm_up(json.dumps(settings), positions[0])
+    return _fitted(settings, choices, positions)
+
+
+@cache
+def _warm_up(settings: str, position: int) -> None:
+    """Import and open what the first fit of a process does, 0.4 s on digits: that is no cost of the choices."""
+    _fitted(json.loads(settings), (), [position])
 
 
 def _fitted(settings: dict[str, Any], choices: Choices, positions: list[int]) -> Outcome:
@@ -110,7 +141,7 @@ def _fitted(settings: dict[str, Any], choices: Choices, positions: list[int]) ->
             job = job_from_settings(settings, [*overrides_of(settings, choices), f"output={temporary}"])
             return _fitted_by(job, positions)
     except NfscaleError as error:
-        return Outcome(len(positions), float("nan"), float("nan"), 0, "", " ".join(str(error).split()))
+        return unusable(len(positions), str(error))
 
 
 def _fitted_by(job: EncodeJob, positions: list[int]) -> Outcome:
@@ -120,7 +151,10 @@ def _fitted_by(job: EncodeJob, positions: list[int]) -> Outcome:
     if job.needs_calibration:
         calibrate_run(run)
     whole = run.dataset
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    clock = time.process_time
+    if torch.cuda.is_available():
+        clock = time.perf_counter
+        first_check(run, positions)  # for which kernels are compiled, by a clock that would tell
     started = clock()
     fitted_shard(run, whole, positions)
     seconds = clock() - started
@@ -129,11 +163,21 @@ def _fitted_by(job: EncodeJob, positions: list[int]) -> Outcome:
     return Outcome(len(positions), seconds / len(positions), median, plan.layout.size, plan.quality_name)
 
 
-def processes_of(count: int) -> Executor:
-    """So many processes that fit; one is this one."""
-    if count == 1:
-        return ThreadPoolExecutor(1)
-    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+def first_check(run: OpenRun, positions: Sequence[int]) -> int:
+    """Fit the first readable one of these data up to its first check, which loads or compiles the step.
+
+    Returns:
+        How many fields the job fits together; 0 where no datum can be read.
+    """
+    for position in positions:
+        samples = prepared_of(run.signal, run.dataset.read(position), run.job.fit.samples == "full")
+        if isinstance(samples, str):
+            continue
+        every = getattr(run.optimizer, "update_every", 1)
+        stop = replace(run.job.fit.stop(), max_steps=every, check_every=every)
+        events = list(run.fits(iter([("one", samples)]), stop=stop))
+        return max(event.slots for event in events if isinstance(event, Check))
+    return 0
 
 
 def fitted_shard(run: OpenRun, whole: Dataset, positions: Sequence[int], number: int = 0) -> Commit:

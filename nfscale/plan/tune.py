@@ -1,15 +1,16 @@
 """Which settings reach a quality at the least cost, by successive halving (Jamieson & Talwalkar, AISTATS 2016).
 
 Many settings are tried on a few data, the better half of them on twice as many, and so on; then the best one's
-neighbours, in the same way. All settings see the same data, spread over easy and hard ones, so that they are compared
-datum by datum. What won is measured once more, beside the job's own settings, on data that had no part in the choice;
-and each of its choices is taken back once, to see what it is good for.
+neighbours, in the same way, and itself without each of its choices. All settings see the same data, spread over easy
+and hard ones, so that they are compared datum by datum. From what won, choices are taken back for as long as it is no
+worse without one: each that is left is good for something, which is its reason. That is measured once more, beside the
+job's own settings, on data that had no part in the choice.
 """
 
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,9 @@ from nfscale.plan.trials import BETAS, RATE_FACTOR, Choices, Outcome, Trials
 
 _RUNG_DATA = (8, 16, 32)
 _FRESH_DATA = 32  # that had no part in the choice
-_CANDIDATES = 24
+_SEARCH_SHARE = 0.75  # of the time; the rest is for taking choices back and the fresh data
+CANDIDATES = 24
+"""Settings that are tried at once, at most."""
 _KEPT = 2  # of three, at the last rung
 _NEGLIGIBLE = 0.005
 """Share of the goal by which a median may fall short: 0.2 dB of 40."""
@@ -38,9 +41,9 @@ class Reason:
     key: str
     before: Any
     chosen: Any
-    cost_without: float
-    """Over that with it."""
-    quality_without: float
+    cost_without: float | None
+    """Over that with it; None where the other settings cannot be used without it."""
+    quality_without: float | None
     """Less that with it."""
 
 
@@ -138,21 +141,29 @@ def tune(
     if not known:
         raise CallerError("nothing is left to vary: every key is in --keep")
     chance = random.Random(seed)
-    search = _Search(trials, job.fit.target, quality, rungs, started + 0.75 * seconds, clock, tell)
+    search = _Search(trials, job.fit.target, quality, rungs, started + _SEARCH_SHARE * seconds, clock, tell)
     own: Choices = ()
-    search.require_own(own)
-    best = search.halved([own, *_candidates(own, known, _CANDIDATES - 1, chance)])
+    search.require_own()
+    best = search.halved([own, *_candidates(own, known, CANDIDATES - 1, chance)])
     tell(f"best of the first round: {_in_words(best)}")
     while not search.is_over:
-        again = search.halved([best, *_candidates(best, known, _CANDIDATES // 2 - 1, chance)])
-        if again == best:
+        tried = {choices for choices, _ in trials.outcomes}
+        some = _candidates(best, known, CANDIDATES // 2 - 1, chance, tried)
+        if tried.issuperset(some):
             break
-        best = again
-        tell(f"better: {_in_words(best)}")
+        again = search.halved([best, *some])
+        if (again, rungs[-1]) not in trials.outcomes:
+            break  # the time was up before the round's end, and the best so far has been tried on more data
+        if again != best:
+            best = again
+            tell(f"better: {_in_words(best)}")
+        elif tried.issuperset(_neighbours(best, known)):
+            break
+    best = search.without_the_idle(best)
     fresh = min(_FRESH_DATA, len(trials.positions) - rungs[-1])
     compared = trials.tried(list(dict.fromkeys([own, best])), fresh, first=rungs[-1])
     own_outcome, best_outcome = compared[0], compared[-1]
-    reasons = _reasons(job, trials, best, rungs[-1]) if best else []
+    reasons = _reasons(job, trials, best, rungs[-1])
     latest: dict[Choices, Outcome] = {}
     for (choices, _), outcome in sorted(trials.outcomes.items(), key=lambda item: item[0][1]):
         latest[choices] = outcome
@@ -174,11 +185,15 @@ class _Search:
     def is_over(self) -> bool:
         return self.clock() > self.until
 
-    def require_own(self, own: Choices) -> None:
-        for data in self.rungs:
-            (outcome,) = self.trials.tried([own], data)
-            if outcome.why_not or math.isnan(outcome.quality):
-                raise CallerError(f"the job's own settings fit nothing: {outcome.why_not or 'no datum has a quality'}")
+    def require_own(self) -> None:
+        (outcome,) = self.trials.tried([()], self.rungs[0])
+        if outcome.why_not or math.isnan(outcome.quality):
+            raise CallerError(f"the job's own settings fit nothing: {outcome.why_not or 'no datum has a quality'}")
+
+    def tried(self, several: Sequence[Choices], data: int) -> dict[Choices, Outcome]:
+        """On so many data; the job's own settings too, which decide the goal."""
+        all_of_them = list(dict.fromkeys([(), *several]))
+        return dict(zip(all_of_them, self.trials.tried(all_of_them, data), strict=True))
 
     def goal(self, data: int) -> float:
         """The quality to reach on so many data: on few, the job's own is compared on the same few."""
@@ -190,14 +205,32 @@ class _Search:
     def halved(self, candidates: list[Choices]) -> Choices:
         """The best of the candidates, of which ever fewer see ever more data."""
         for data in self.rungs:
+            outcomes = self.tried(candidates, data)
             goal = self.goal(data)
-            outcomes = dict(zip(candidates, self.trials.tried(candidates, data), strict=True))
             candidates = sorted(candidates, key=lambda choices: _rank(outcomes[choices], goal))
             if self.is_over:
                 break
             candidates = candidates[: max(_KEPT, len(candidates) // 2)]
             self.tell(f"on {data} data: {_in_words(candidates[0])} ({_figures(outcomes[candidates[0]])})")
         return candidates[0]
+
+    def without_the_idle(self, best: Choices) -> Choices:
+        """The choices but for those without which the others are no worse.
+
+        They are taken back one after the other, since what one is good for depends on the others; that without which
+        they are best first.
+        """
+        data = self.rungs[-1]
+        while best:
+            simpler = _each_taken_back(best)
+            outcomes = self.tried([best, *simpler], data)
+            ranks = {choices: _rank(outcomes[choices], self.goal(data)) for choices in (best, *simpler)}
+            simplest = min(simpler, key=ranks.__getitem__)
+            if ranks[simplest] > ranks[best]:
+                break
+            self.tell(f"{_in_words(_but_for(best, simplest))} is taken back ({_figures(outcomes[simplest])})")
+            best = simplest
+        return best
 
 
 def _rank(outcome: Outcome, goal: float) -> tuple[int, float]:
@@ -209,32 +242,51 @@ def _rank(outcome: Outcome, goal: float) -> tuple[int, float]:
     return 1, goal - outcome.quality
 
 
-def _candidates(around: Choices, known: dict[str, list[Any]], count: int, chance: random.Random) -> list[Choices]:
-    """Settings that differ from some in one key, each in turn, and then in two or three drawn ones."""
-    single = [_with(around, {key: value}) for key, values in known.items() for value in values]
+def _candidates(
+    around: Choices, known: dict[str, list[Any]], count: int, chance: random.Random, tried: Collection[Choices] = ()
+) -> list[Choices]:
+    """Settings near some, not yet tried: neighbours for one half, the others with two or three keys changed."""
+    back = [choices for choices in _each_taken_back(around) if choices not in tried]
+    single = [choices for choices in _neighbours(around, known) if choices not in {*tried, *back}]
     chance.shuffle(single)
-    found = dict.fromkeys(single[: max(1, count // 2)])
+    found = dict.fromkeys([*back, *single][: max(1, count // 2)])
     for _ in range(20 * count):
         if len(found) >= count:
             break
         keys = chance.sample(sorted(known), min(len(known), chance.choice((2, 3))))
-        found.setdefault(_with(around, {key: chance.choice(known[key]) for key in keys}))
-    found.pop(around, None)
+        drawn = _with(around, {key: chance.choice(known[key]) for key in keys})
+        if drawn != around and drawn not in tried:
+            found.setdefault(drawn)
     return list(found)
+
+
+def _neighbours(around: Choices, known: dict[str, list[Any]]) -> list[Choices]:
+    """Settings that lack one of the choices of others, or differ from them in one key."""
+    single = [_with(around, {key: value}) for key, values in known.items() for value in values]
+    return [*_each_taken_back(around), *(choices for choices in single if choices != around)]
 
 
 def _with(choices: Choices, more: dict[str, Any]) -> Choices:
     return tuple(sorted((dict(choices) | more).items()))
 
 
+def _each_taken_back(choices: Choices) -> list[Choices]:
+    """The choices without one of them, each in turn."""
+    return [_but_for(choices, (one,)) for one in choices]
+
+
+def _but_for(choices: Choices, these: Choices) -> Choices:
+    return tuple(one for one in choices if one not in these)
+
+
 def _reasons(job: EncodeJob, trials: Trials, best: Choices, data: int) -> list[Reason]:
     """Each choice taken back, the others kept."""
-    without = [tuple(item for item in best if item[0] != key) for key, _ in best]
     (whole,) = trials.tried([best], data)
     reasons = []
-    for (key, chosen), outcome in zip(best, trials.tried(without, data), strict=True):
+    for (key, chosen), outcome in zip(best, trials.tried(_each_taken_back(best), data), strict=True):
         cost, quality = outcome.seconds / whole.seconds, outcome.quality - whole.quality
-        reasons.append(Reason(key, _own_value(job, key), chosen, cost, quality))
+        figures = (None, None) if math.isnan(quality) else (cost, quality)
+        reasons.append(Reason(key, _own_value(job, key), chosen, *figures))
     return reasons
 
 

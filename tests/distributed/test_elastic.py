@@ -1,5 +1,6 @@
 """The pool on a cluster whose nodes come and go."""
 
+import socket
 import time
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from nfscale.distributed import RayPool
 from nfscale.driver import open_run
 from nfscale.errors import EncodeError
 from nfscale.pool import Failed
+from nfscale.store.run_folder import Shard
 from tests.jobs import tiny_job
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -32,6 +34,19 @@ class FakeRay:
         return {"CPU": 2.0}
 
 
+class FakeStream:
+    """The method `work` of an actor, which notes the cores that it is lent."""
+
+    def __init__(self, given):
+        self.given = given
+
+    def options(self, num_returns):
+        return self
+
+    def remote(self, lease, spare):
+        self.given.append(spare)
+
+
 def pool_on(cpus, gpus=0, workers="auto", max_workers=None, workers_per_gpu="auto", on_cluster=True):
     """A pool on a cluster of these resources, all of whose workers are pending."""
     pool = RayPool.__new__(RayPool)
@@ -42,6 +57,29 @@ def pool_on(cpus, gpus=0, workers="auto", max_workers=None, workers_per_gpu="aut
     pool._ray, pool._folder = FakeRay(), ""
     pool._reconcile()
     return pool
+
+
+@pytest.mark.parametrize(
+    ("keys", "nodes", "spare"),
+    [
+        ({"on_cluster": False}, ["here", "", "here", "here"], 2),  # one comes up here, one has a lease
+        ({}, ["here", "", "here", "here"], 1),  # nobody knows yet where that one will be
+        ({}, ["here", "there", "there", "here"], 0),
+        ({"gpus": 4}, ["here", "", "here", "here"], 0),
+    ],
+)
+def test_a_calibration_may_take_the_cores_of_those_that_wait_for_it(keys, nodes, spare):
+    pool = pool_on(4, **keys)
+    first, *_, busy = workers = list(pool._workers.values())
+    for worker, node in zip(workers, nodes, strict=True):
+        worker.node, worker.starting = node, None if node else worker.starting
+    busy.lease = Lease(0, Shard(0, 0, 5), busy.name)
+    given = []
+    for worker in workers:
+        worker.actor.work = FakeStream(given)
+    pool.start(Lease(1, None, first.name))
+    pool.start(Lease(2, Shard(1, 5, 10), workers[2].name))
+    assert given == [spare, 0]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +182,21 @@ def test_a_worker_on_a_node_that_leaves_gets_no_lease():
     assert pool.idle() == ["worker-0"]
 
 
+def test_a_cluster_that_is_not_there_is_not_waited_for_without_an_end(monkeypatch):
+    monkeypatch.setattr("nfscale.distributed.ray_pool._HEAD_SECONDS", 0.0)
+    pool = pool_on(cpus=1)
+    pool._ray.util = SimpleNamespace(get_node_ip_address=lambda: "127.0.0.1")
+    pool._ray.init, pool._ray.exceptions = lambda **keys: None, SimpleNamespace(RayError=OSError)
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        port = head.getsockname()[1]
+        for known in (f"127.0.0.1:{port}", f"ray://localhost:{port}", "auto"):
+            monkeypatch.setenv("RAY_ADDRESS", known)
+            pool._connect()
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    with pytest.raises(EncodeError, match=rf"listens at RAY_ADDRESS=127.0.0.1:{port} \(.*refused\); is its head"):
+        pool._connect()
+
+
 @pytest.mark.parametrize(("on_cluster", "said"), [(True, "of RAY_ADDRESS=10.0.0.1:6379"), (False, "a local Ray")])
 def test_a_ray_that_does_not_answer_is_one_line(on_cluster, said, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
@@ -151,33 +204,11 @@ def test_a_ray_that_does_not_answer_is_one_line(on_cluster, said, monkeypatch):
     def fails(**keys):
         raise RuntimeError("Failed to start GCS")
 
+    monkeypatch.setattr("nfscale.distributed.ray_pool._unanswered", lambda address, ray: None)
     pool = pool_on(cpus=1, on_cluster=on_cluster)
     pool._ray.init, pool._ray.exceptions = fails, SimpleNamespace(RayError=OSError)
     with pytest.raises(EncodeError, match=rf"{said} does not start or answer \(RuntimeError: Failed to start GCS\)"):
         pool._connect()
-
-
-@pytest.fixture
-def cluster(monkeypatch):
-    """A head without processors, as drivers have it, and nobody else."""
-    for name, value in {
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    }.items():
-        monkeypatch.setenv(name, value)
-    import ray
-    from ray.cluster_utils import Cluster
-
-    small = {"object_store_memory": 80 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0} | small)
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    try:
-        yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
 
 
 def polled(pool, until, seconds=120.0):

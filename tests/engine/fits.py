@@ -23,6 +23,8 @@ STOP = Stop(max_steps=40, check_every=20)
 SCHEDULE = Schedule("cosine", total_steps=40, warmup=5)
 ADAM = Adam(0.01, SCHEDULE)
 ESGD_SHARED = ESGD(0.5, SCHEDULE)
+FACTORS = torch.linspace(0.5, 2, FIELD.layout.size)
+"""Of params on their rates."""
 ESGD_OWN = ESGD(0.05, SCHEDULE, curvature="per_field")
 
 NEEDS_COMPILER = pytest.mark.skipif(unavailable() is not None, reason=f"no native step: {unavailable()}")

@@ -1,11 +1,12 @@
 """Curvature that fields share: what is estimated, against full Hessians, and how steps use it."""
 
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from nfscale.engine import Calibration, Stop, calibrate, fit
+from nfscale.engine import Calibration, Stop, calibrate, dispatch, fit
 from nfscale.fields import MLP, theta0_of
 from nfscale.optim import ESGD, Schedule
 from nfscale.rng import Stream, as_tensor, datum_seed, rademacher
@@ -14,6 +15,7 @@ from tests.engine.fits import (
     DATA,
     ESGD_SHARED,
     FIELD,
+    NEEDS_COMPILER,
     SCHEDULE,
     SEED,
     SIGNAL,
@@ -134,6 +136,41 @@ def test_a_calibration_starts_where_fit_starts():
     assert torch.equal(by_default.diagonal, same.diagonal)
     assert torch.equal(by_default.step_rms, same.step_rms)
     assert not torch.equal(by_default.diagonal, other.diagonal)
+
+
+@NEEDS_COMPILER
+def test_a_calibration_on_more_threads_has_the_same_bits():
+    """And torch's own operations have as many as before."""
+    field, data = MLP(2, 1, width=16, depth=2), data_of(9, 20, 20)
+    stop = replace(STOP, target=25.0)
+    options = {"optimizer": ESGD_SHARED, "stop": stop, "seed": SEED, "device": "cpu", "samples": 100}
+    before = torch.get_num_threads()
+    alone, together = (calibrate(field, SIGNAL, data, threads=threads, **options) for threads in (1, 3))
+    assert torch.get_num_threads() == before
+    assert torch.equal(alone.diagonal, together.diagonal)
+    assert torch.equal(alone.step_rms, together.step_rms)
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize(("step", "seen"), [("native", {3}), ("torch", {1}), ("plain", {1})])
+def test_native_steps_alone_take_more_threads(monkeypatch, step, seen):
+    """Sums of the matrix library may depend on how many there are."""
+    taken = dispatch.chosen(step, torch.device("cpu"), FIELD, SIGNAL, ESGD_SHARED)
+    counts = set()
+
+    def watched(*arguments):
+        counts.add(torch.get_num_threads())
+        return taken.gradient(*arguments)
+
+    module = sys.modules["nfscale.engine.calibrate"]
+    monkeypatch.setattr(module, "chosen", lambda *arguments: replace(taken, gradient=watched))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        calibrate(FIELD, SIGNAL, DATA, optimizer=ESGD_SHARED, stop=STOP, seed=SEED, device="cpu", threads=3)
+    finally:
+        torch.set_num_threads(before)
+    assert counts == seen
 
 
 def test_one_datum_is_enough_for_a_calibration():

@@ -2,12 +2,15 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from nfscale.engine import Check, Result, Stop, fit
+from nfscale.engine import Check, Result, Stop, fit, loop
+from nfscale.engine.dispatch import PLAIN
+from nfscale.engine.step import evaluate, stack_samples
 from nfscale.fields import MLP, theta0_of
 from nfscale.optim import Adam, Extra
 from nfscale.rng import as_tensor, datum_seed
@@ -127,6 +130,38 @@ def test_shared_init_starts_every_field_from_one_draw():
     results = fitted(DATA, Adam(1e-12, SCHEDULE))
     assert all(torch.equal(result.weights, theta0_of(FIELD, SEED)) for result in results.values())
     assert torch.equal(theta0_of(FIELD, SEED), FIELD.layout.ravel(FIELD.init(as_tensor([datum_seed(SEED, "")])))[0])
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("init", ["shared", "per_datum"])
+def test_the_first_check_of_a_field_is_of_its_own_start_at_its_own_coordinates(init, step):
+    """Images of 9 x 7 and of 7 x 9 pixels share a batch, but no coordinates."""
+    field = MLP(2, 1, width=12, depth=2)
+    data = [datum for pair in zip(data_of(4), data_of(4, 7, 9), strict=True) for datum in pair]
+    assert len({samples.kind for _, samples in data}) == 1
+    found = fitted(data, field=field, init=init, step=step, batch=6)
+    for datum_id, samples in data:
+        rows = field.layout.ravel(field.init(as_tensor([datum_seed(SEED, datum_id)])))
+        rows = theta0_of(field, SEED)[None] if init == "shared" else rows
+        _, (quality,) = evaluate(field, SIGNAL, rows, stack_samples([samples], rows.device))
+        assert found[datum_id].history_quality[0] == pytest.approx(float(quality), abs=1e-4)
+
+
+def test_a_shared_start_is_evaluated_once_for_all_that_look_at_the_same_coordinates(monkeypatch):
+    evaluated = []
+
+    def watched(field, rows):
+        apply = PLAIN.apply(field, rows)
+
+        def at(coordinates):
+            evaluated.append(len(rows))
+            return apply(coordinates)
+
+        return at
+
+    monkeypatch.setattr(loop, "chosen", lambda *arguments: replace(PLAIN, apply=watched))
+    fitted(data_of(8), batch=4, stop=Stop(max_steps=20, check_every=20))
+    assert evaluated == [4, 4, 4], "the start, four fields after their steps, the four that took their slots"
 
 
 def test_per_datum_init_starts_every_field_from_a_draw_of_its_own():

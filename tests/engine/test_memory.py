@@ -171,6 +171,11 @@ def test_each_kind_is_probed_once_and_a_given_batch_size_is_taken_as_it_is(monke
     assert probes == [3, 3]
     fitted(data, batch=2)
     assert probes == [3, 3]
+    known = {}
+    for _ in range(2):
+        fitted(data, capacities=known)
+        assert probes == [3, 3, 3, 3], "what one fit has found, the next one takes"
+    assert known.keys() == {samples.kind for _, samples in data}
 
 
 # Where memory ends

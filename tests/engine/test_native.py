@@ -22,12 +22,13 @@ from nfscale.engine.native import (
 from nfscale.engine.sampling import Sampler
 from nfscale.engine.step import evaluate, plain_apply, plain_gradient, plain_gradient_and_hvp
 from nfscale.fields import MLP, theta0_of
-from nfscale.optim import ESGD, Adam, Schedule
+from nfscale.optim import ESGD, Adam, Scaled, Schedule
 from nfscale.rng import as_tensor, datum_seed
 from nfscale.signals import Image, Samples
 from tests.engine.fits import (
     DATA,
     ESGD_SHARED,
+    FACTORS,
     FIELD,
     NEEDS_COMPILER,
     SCHEDULE,
@@ -183,11 +184,12 @@ def masked_data(count: int) -> list[tuple[str, Samples]]:
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("sampling", ["full", "stratified", "uniform"])
-@pytest.mark.parametrize("kind", ["adam", "esgd-shared", "esgd-unclipped", "esgd-per_field"])
+@pytest.mark.parametrize("kind", ["adam", "adam-scaled", "esgd-shared", "esgd-unclipped", "esgd-per_field"])
 def test_fits_reach_what_plain_steps_reach(kind, sampling, masked):
     schedule = Schedule("cosine", total_steps=120, warmup=20)
     optimizer = {
         "adam": Adam(0.005, schedule),
+        "adam-scaled": Scaled(Adam(0.005, schedule), FACTORS),
         "esgd-shared": ESGD(0.5, schedule),
         "esgd-unclipped": ESGD(0.2, schedule, clip=None),
         "esgd-per_field": ESGD(0.05, schedule, curvature="per_field"),
@@ -208,7 +210,8 @@ def test_fits_reach_what_plain_steps_reach(kind, sampling, masked):
 
 
 OWN = ESGD(0.05, SCHEDULE, curvature="per_field", update_every=2)
-OPTIMIZERS = {"adam": Adam(0.005, SCHEDULE), "esgd-shared": ESGD_SHARED, "esgd-per_field": OWN}
+SCALED = Scaled(Adam(0.005, SCHEDULE), FACTORS)
+OPTIMIZERS = {"adam": Adam(0.005, SCHEDULE), "adam-scaled": SCALED, "esgd-shared": ESGD_SHARED, "esgd-per_field": OWN}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
@@ -247,7 +250,14 @@ def test_any_number_of_threads_gives_the_same_bits():
         assert_same_bits(three[datum_id], result)
 
 
-@pytest.mark.parametrize("optimizer", [Adam(0.005, SCHEDULE), OWN], ids=["adam", "esgd-per_field"])
+def test_the_factors_of_other_fields_are_refused():
+    with pytest.raises(ValueError, match="8 rates cannot be those of fields of"):
+        fitted(DATA, Scaled(Adam(0.005, SCHEDULE), FACTORS[:8]), samples=16, step="native")
+
+
+@pytest.mark.parametrize(
+    "optimizer", [Adam(0.005, SCHEDULE), SCALED, OWN], ids=["adam", "adam-scaled", "esgd-per_field"]
+)
 def test_the_steps_of_two_checks_are_those_of_one(optimizer):
     for samples in ("full", 16):
         seldom, often = (

@@ -261,18 +261,17 @@ def test_jitter_is_that_of_a_field_alone_in_any_batch_and_at_any_step_of_the_oth
         assert torch.equal(alone.jitter[0], together[index])
 
 
-def test_a_calibration_is_jittered_as_a_fit_is():
+@pytest.mark.parametrize(("target", "looks"), [(None, 0), (150.0, 1)])
+def test_a_calibration_is_jittered_as_a_fit_is_and_looks_where_it_may_end_early(target, looks):
     signal, data = Noted(), ray_data(3)
-    optimizer = ESGD(0.1, SCHEDULE, update_every=5)
-    calibrate(
-        FIELD, signal, data, optimizer=optimizer, stop=Stop(10, check_every=5), seed=SEED, samples=8, device="cpu"
-    )
+    optimizer, stop = ESGD(0.1, SCHEDULE, update_every=5), Stop(10, check_every=5, target=target)
+    calibrate(FIELD, signal, data, optimizer=optimizer, stop=stop, seed=SEED, samples=8, device="cpu")
     seeds = as_tensor([datum_seed(SEED, datum_id) for datum_id, _ in data])
     heard = [jitter for jitter in signal.heard if jitter is not None]
     wanted = {step: uniform(seeds, Stream.JITTER, torch.full((3,), step), 8) for step in range(10)}
     in_order = [0, 0, 0, 0, *range(1, 10)]  # the first step is probed four times
     assert all(torch.equal(jitter, wanted[step]) for jitter, step in zip(heard, in_order, strict=True))
-    assert len(signal.heard) - len(heard) == 2
+    assert len(signal.heard) - len(heard) == looks
 
 
 def test_a_signal_that_is_not_jittered_draws_nothing():

@@ -5,7 +5,7 @@ import torch
 
 from nfscale.engine import updates
 from nfscale.layout import Layout
-from nfscale.optim import Adam, Extra, Scaled, Schedule
+from nfscale.optim import SGD, Adam, Extra, Scaled, Schedule
 
 CONSTANT = Schedule("constant", 10)
 LAYOUT = Layout.of([("layers.0.weight", (3, 2)), ("layers.0.bias", (3,))])
@@ -46,10 +46,11 @@ def test_factors_of_one_are_the_optimiser_itself():
     assert torch.equal(steps_of(Scaled(adam, torch.ones(LAYOUT.size)), False), steps_of(adam, False))
 
 
-def test_steps_that_know_adam_leave_the_scaled_one_to_torch():
+def test_only_steps_that_take_all_updates_take_those_of_adam_scaled():
     scaled = Scaled(Adam(0.1, CONSTANT), FACTORS)
+    assert updates.knows(scaled, all_of_them=True)
     assert not updates.knows(scaled)
-    assert not updates.knows(scaled, with_probes=True)
+    assert not updates.knows(Scaled(SGD(0.1, CONSTANT), FACTORS), all_of_them=True)
     assert (scaled.elementwise, scaled.needs, scaled.learning_rate, scaled.update_every) == (True, frozenset(), 0.1, 1)
 
 

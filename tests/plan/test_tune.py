@@ -2,16 +2,20 @@
 
 import json
 import math
+import random
 
 import pytest
 from typer.testing import CliRunner
 
 from nfscale.cli.app import app
-from nfscale.errors import CallerError
+from nfscale.cli.tune import _why
+from nfscale.coordinator import Failure
+from nfscale.errors import CallerError, EncodeError
 from nfscale.job import load_job
 from nfscale.plan.front import front_picture
 from nfscale.plan.trials import BETAS, RATE_FACTOR, Outcome, Trials, overrides_of
-from nfscale.plan.tune import Reason, Tuned, _rank, moves, tune
+from nfscale.plan.tune import Reason, Tuned, _candidates, _rank, moves, tune
+from nfscale.pool import Failed, InProcessPool
 from tests.jobs import tiny_job, tiny_settings
 
 
@@ -51,6 +55,75 @@ def test_the_cheapest_settings_that_reach_the_quality_are_found(tmp_path):
     assert found.cost_ratio <= 1 / 3 + 1e-9
     (width,) = [reason for reason in found.reasons if reason.key == "field.width"]
     assert (width.before, width.chosen, width.cost_without) == (32, 16, pytest.approx(3.0))
+
+
+IDLE = (("field.width", 16), ("fit.check_every", 40), ("optimizer.kind", "adam"))
+
+
+def with_idle_choices(choices, data):
+    """Half the width costs a third. Adam costs more, less so where checks are rare; these save nothing without it."""
+    rare, adam = "fit.check_every" in choices, "optimizer.kind" in choices
+    cost = 1 / 3 if "field.width" in choices else 1.0
+    return Outcome(data, cost + 0.1 * adam + 0.05 * rare - 0.07 * (adam and rare), 40.0, 100, "psnr_db")
+
+
+def test_choices_that_are_good_for_nothing_beside_the_others_are_taken_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("nfscale.plan.tune._candidates", lambda *drawn: [IDLE])
+    trials = Known(with_idle_choices)
+    found = tune(tiny_job(tmp_path / "out", "field.width=32"), trials, seconds=60, seed=0)
+    assert found.choices == (("field.width", 16),)
+    assert found.cost_ratio == pytest.approx(1 / 3)
+    (reason,) = found.reasons
+    assert (reason.key, reason.cost_without) == ("field.width", pytest.approx(3.0))
+    assert {data for choices, data in trials.outcomes if choices == found.choices} == {32}
+
+
+def test_a_choice_without_which_the_others_cannot_be_used_says_so(tmp_path, monkeypatch):
+    def outcome_of(choices, data):
+        cannot = choices.keys() == {"field.width"}
+        return Outcome(data, math.nan if cannot else 1 / (1 + len(choices)), math.nan if cannot else 40.0, 100)
+
+    monkeypatch.setattr("nfscale.plan.tune._candidates", lambda *drawn: [IDLE[:2]])
+    found = tune(tiny_job(tmp_path / "out", "field.width=32"), Known(outcome_of), seconds=60, seed=0)
+    width, rare = sorted(found.reasons, key=lambda reason: reason.key)
+    assert (width.key, width.cost_without) == ("field.width", pytest.approx(1.5))
+    assert (rare.key, rare.cost_without, rare.quality_without) == ("fit.check_every", None, None)
+    assert _why(rare) == "in place of 20, with which the others cannot be used"
+
+
+def test_a_round_that_is_cut_short_does_not_replace_what_was_tried_on_more_data(tmp_path, monkeypatch):
+    """On few data a later candidate looks better than it is."""
+    now, drawn = [0.0], [[(("field.width", 16),)], [(("fit.max_steps", 80),)]]
+
+    def outcome_of(choices, data):
+        if "fit.max_steps" in choices:
+            now[0] = 50.0  # of 60, three quarters of which are for the search
+            return Outcome(data, 0.1 if data == 8 else 9.0, 40.0, 100)
+        return Outcome(data, 1 / (1 + len(choices)), 40.0, 100)
+
+    monkeypatch.setattr("nfscale.plan.tune._candidates", lambda *around: drawn.pop(0))
+    job = tiny_job(tmp_path / "out", "field.width=32")
+    found = tune(job, Known(outcome_of), seconds=60, seed=0, clock=lambda: now[0])
+    assert found.choices == (("field.width", 16),)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_reason_that_is_left_is_one(tmp_path, seed):
+    job = tiny_job(tmp_path / "out", "field.width=32")
+    found = tune(job, Known(by_formula), seconds=60, seed=seed)
+    assert found.reasons
+    whole = found.trials[found.choices].quality
+    for reason in found.reasons:
+        assert reason.cost_without > 1 or whole + reason.quality_without < 0.995 * found.goal
+
+
+def test_a_neighbour_lacks_a_choice():
+    known = {"field.width": [16, 64], "field.depth": [1, 3], "fit.max_steps": [30, 120]}
+    around = (("field.depth", 3), ("field.width", 16))
+    found = _candidates(around, known, 6, random.Random(0))
+    assert {(("field.depth", 3),), (("field.width", 16),)} < set(found)
+    assert len(found) == len(set(found)) <= 6
+    assert around not in found
 
 
 def test_what_is_to_be_kept_is_kept(tmp_path):
@@ -98,14 +171,21 @@ def test_betas_are_chosen_together(tmp_path):
 
 
 def test_choices_that_do_not_go_together_are_an_outcome(tmp_path):
-    trials = Trials(tiny_settings(tmp_path / "out"), list(range(8)), processes=1)
-    try:
-        fine, refused = trials.tried([(), (("fit.max_steps", 70), ("fit.check_every", 60))], 8)
-    finally:
-        trials.close()
+    trials = Trials(tiny_settings(tmp_path / "out"), list(range(8)), InProcessPool(None))
+    fine, refused = trials.tried([(), (("fit.max_steps", 70), ("fit.check_every", 60))], 8)
     assert fine.quality > 10
     assert fine.seconds > 0
     assert "multiple" in refused.why_not
+
+
+def test_settings_that_end_their_process_are_unusable_and_a_failure_of_no_setting_ends_the_search(monkeypatch):
+    died = [Failed("worker-0", Failure.CRASH, "the worker process died (OUT_OF_MEMORY)")]
+    monkeypatch.setattr("nfscale.plan.trials.call_all", lambda *call: died)
+    (outcome,) = Trials({}, [0, 1], InProcessPool(None)).tried([()], 2)
+    assert (outcome.data, outcome.why_not) == (2, "the worker process died (OUT_OF_MEMORY)")
+    died[0] = Failed("worker-0", Failure.TASK, "KeyError: 'image'")
+    with pytest.raises(EncodeError, match="a trial failed: KeyError: 'image'"):
+        Trials({}, [0, 1], InProcessPool(None)).tried([()], 2)
 
 
 def test_the_front_has_what_no_other_beats():
@@ -118,9 +198,8 @@ def test_the_front_has_what_no_other_beats():
 
 
 def test_the_command_writes_a_job_that_can_be_encoded(tmp_path, monkeypatch):
-    monkeypatch.setattr("nfscale.plan.tune._CANDIDATES", 4)
+    monkeypatch.setattr("nfscale.plan.tune.CANDIDATES", 4)
     monkeypatch.setattr("nfscale.plan.tune._RUNG_DATA", (4, 8))
-    monkeypatch.setattr("nfscale.cli.tune.here", lambda: ("cpu", 1))
     (tmp_path / "job.yaml").write_text(json.dumps(tiny_settings(tmp_path / "run")))
     arguments = ["tune", tmp_path / "job.yaml", "track.enabled=false", "--seconds", 1, "-o", tmp_path / "tuned"]
     said = CliRunner().invoke(app, [str(one) for one in arguments])
