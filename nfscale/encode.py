@@ -9,7 +9,7 @@ import os
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from nfscale import checkpoint
 from nfscale.ahead import ahead
 from nfscale.datasets import Datum
 from nfscale.engine import Check, Fitted, Snapshot
+from nfscale.engine.staging import Staged, staging
 from nfscale.engine.step import evaluate, predicted_at, stack_samples
 from nfscale.errors import EncodeError, OutputError, SupersededError
 from nfscale.rng import datum_seed
@@ -168,6 +169,8 @@ class _Read:
     row: Row
     content: Any = None
     samples: Samples | None = None
+    coming: Samples | Staged | None = None
+    """The samples, or that they are on their way to the device of the fit."""
 
     @property
     def bytes(self) -> int:
@@ -175,7 +178,9 @@ class _Read:
         return getattr(self.content, "nbytes", 0) + (0 if self.samples is None else self.samples.bytes)
 
 
-def _read(run: OpenRun, shard: Shard, attempt: str, known: set[str]) -> Generator[_Read, None, None]:
+def _read(
+    run: OpenRun, shard: Shard, attempt: str, known: set[str], staged: Callable[[Samples], Samples | Staged]
+) -> Generator[_Read, None, None]:
     """The data of a shard but for those that are `known`."""
     for position in range(shard.start, shard.stop):
         if run.dataset.ids[position] in known:
@@ -192,7 +197,7 @@ def _read(run: OpenRun, shard: Shard, attempt: str, known: set[str]) -> Generato
         row.metrics = run.signal.measures(datum.content) | datum.metrics
         if datum.repeat:
             row.metrics["repeat"] = float(datum.repeat)
-        yield _Read(row, datum.content, prepared)
+        yield _Read(row, datum.content, prepared, staged(prepared))
 
 
 def _fitted(
@@ -211,8 +216,8 @@ def _fitted(
     known = set(kept["datum_id"].to_pylist())
     in_work: dict[str, tuple[Any, Samples]] = {}
 
-    def data() -> Iterator[tuple[str, Samples]]:
-        in_turn = _read(run, shard, attempt, known)
+    def data() -> Iterator[tuple[str, Samples | Staged]]:
+        in_turn = _read(run, shard, attempt, known, staging())
         coming = in_turn if run.dataset.is_thread_bound else ahead(in_turn, lambda read: read.bytes)
         with contextlib.closing(coming):
             while True:
@@ -221,9 +226,9 @@ def _fitted(
                 if read is None:
                     return
                 rows[read.row.datum_id] = read.row
-                if read.samples is not None:
+                if read.samples is not None and read.coming is not None:
                     in_work[read.row.datum_id] = read.content, read.samples
-                    yield read.row.datum_id, read.samples
+                    yield read.row.datum_id, read.coming
 
     events = run.fits(data(), resume=resume)
     together: list[Fitted] = []

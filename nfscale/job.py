@@ -157,6 +157,9 @@ class FitSection(_Section):
     step: Literal["auto", "plain", "torch", "native", "fused"] = "auto"
     """plain: autograd; torch: without autograd; native: C++, on a CPU; fused: Triton, on a GPU; auto: the fastest that
     serves. They agree to rounding, which is that of float16 products in the fused step."""
+    precision: Literal["auto", "float32", "tf32", "float16"] = "auto"
+    """Of the products between hidden layers. tf32, float16: on a GPU; auto: float16 in the fused step up to weight
+    scale 3, float32 otherwise. First layers, weights and what is measured are float32 always."""
 
     @model_validator(mode="after")
     def _cadence_fits(self) -> "FitSection":
@@ -171,6 +174,11 @@ class FitSection(_Section):
                 raise ValueError(LADDER_IS_NO_PLATEAU)
             if self.step_plan is not None:
                 raise ValueError(LADDER_AND_PLAN)
+        if self.precision in ("tf32", "float16") and self.step in ("plain", "native"):
+            raise ValueError(
+                f"fit.precision={self.precision} is of steps on a GPU, and fit.step={self.step} has float32 products; "
+                "use fit.step=auto or torch"
+            )
         if self.sampling == "error" and self.samples == "full":
             raise ValueError(
                 "fit.sampling=error chooses what a step takes, and fit.samples=full takes all; give a number"
@@ -490,6 +498,8 @@ class EncodeJob(_Section):
         decides["fit"].pop("step_plan")
         if (steps := self.read_steps()) is not None:
             decides["fit"]["steps"] = step_plan.digest(steps)
+        if self.fit.precision == "auto":
+            decides["fit"].pop("precision")
         for name in ("batch", "step"):
             decides["fit"].pop(name)
         if self.tile is None:

@@ -23,6 +23,7 @@ from nfscale.engine import (
 )
 from nfscale.engine.dispatch import StepName, chosen
 from nfscale.engine.sampling import DRAWN_IN_FULL
+from nfscale.engine.staging import Staged
 from nfscale.errors import EncodeError
 from nfscale.fields import Field
 from nfscale.job import EncodeJob
@@ -99,7 +100,7 @@ class OpenRun:
         return None if self.job.fit.step_plan is None else self.folder.steps()
 
     def fits(
-        self, data: Iterator[tuple[str, Samples]], *, stop: Stop | None = None, resume: Snapshot | None = None
+        self, data: Iterator[tuple[str, Samples | Staged]], *, stop: Stop | None = None, resume: Snapshot | None = None
     ) -> Iterator[Fitted | Check]:
         """Fit data as the job says, but for where to `stop`, if that is given; see `fit_and_checks`."""
         job, theta0 = self.job, self.theta0
@@ -116,6 +117,7 @@ class OpenRun:
             calibration=self.calibration,
             batch=job.fit.batch,
             step=job.fit.step,
+            precision=job.fit.precision,
             clock=time.perf_counter,
             resume=resume,
             step_plan=self.steps,
@@ -144,6 +146,7 @@ def calibrate_run(run: OpenRun, positions: Sequence[int] | None = None, threads:
         samples=run.job.fit.samples,
         sampling=run.job.fit.sampling,
         step=run.job.fit.step,
+        precision=run.job.fit.precision,
         threads=threads,
     ).to("cpu")
     steps = [row * calibration.every for row in range(len(calibration.diagonal))]

@@ -46,6 +46,10 @@ def test_the_jobs_that_ship_use_weight_scaling_and_esgd(path):
         ("dataset.kind=cifar", f"unknown dataset 'cifar'; known kinds of dataset: {', '.join(sorted(DATASETS))}"),
         ("fit.max_steps=many", "fit.max_steps: input should be a valid integer"),
         ("fit.samples=-3", "fit.samples: input should be greater than 0 or 'full', got -3"),
+        (
+            "fit.step=plain fit.precision=tf32",
+            "fit.precision=tf32 is of steps on a GPU, and fit.step=plain has float32",
+        ),
         ("fit.sampling=error", "fit.sampling=error chooses what a step takes, and fit.samples=full takes all"),
         ("fit.max_steps=75", "max_steps=75 is not a multiple of check_every=20; use max_steps=60 or 80"),
         ("optimizer.schedule=linear", "should be 'constant', 'cosine', 'exponential' or 'step', got 'linear'"),
@@ -130,6 +134,9 @@ def test_the_name_of_a_job_is_by_default_that_of_its_file(tmp_path):
     [
         ("workers=2", False),
         ("fit.batch=3", False),
+        ("fit.step=plain", False),
+        ("fit.precision=auto", False),
+        ("fit.precision=float32", True),
         ("store.shard_fields=5", False),
         ("track.enabled=false", False),
         ("output=elsewhere", False),

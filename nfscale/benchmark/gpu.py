@@ -8,6 +8,9 @@ steps of Adam with its automatic rate and cosine decay: `psnr_difference_db` is 
 the step that nfscale takes less that of plain steps in single precision, both cut at 58.9 dB, the rounding of 8 bits:
 small images are fitted to the last bit of a float, where steps in single precision differ by decibels, too. All images
 are sums of waves.
+
+Of few fields (the workload `few`) the step of torch is timed twice: `replayed` as a CUDA graph, which is how it is
+taken, and `launched`, one kernel after the other.
 """
 
 import argparse
@@ -18,7 +21,7 @@ from typing import Any
 import torch
 
 from nfscale.benchmark.naive import MakeMethod
-from nfscale.benchmark.ours import Ours
+from nfscale.benchmark.ours import Ours, launched
 from nfscale.benchmark.step import (
     METHODS,
     Machine,
@@ -31,7 +34,6 @@ from nfscale.benchmark.step import (
 from nfscale.benchmark.timing import in_turns, print_rows
 from nfscale.benchmark.workloads import Workload, problem_of, workloads_named
 from nfscale.engine import Stop, fit
-from nfscale.engine.dispatch import StepName
 from nfscale.optim import Adam, Schedule
 
 HELP = "fields per second on a GPU, beside a naive loop, vmap and JAX"
@@ -43,8 +45,11 @@ WORKLOADS = {
     "cifar": Workload(4224, 32**2, width=64, depth=2, channels=3),
     "64": Workload(1056, 64**2, width=64, depth=3, channels=3),
     "128": Workload(264, 128**2, width=64, depth=3, channels=3),
+    "few": Workload(64, 28**2, width=32, depth=2),
 }
-_METHODS = ("loop", "vmap", "compile", "jax", "nfscale")
+_GRAPHS: dict[str, MakeMethod] = {"replayed": partial(Ours, step="torch"), "launched": launched}
+_OF_GRAPHS = "few"
+_METHODS = ("loop", "vmap", "compile", "jax", "nfscale", *_GRAPHS)
 _FITTED = 16  # fields whose quality is compared
 _ROUNDING_DB = 58.9
 _PRODUCT_SIDE = 8192
@@ -60,8 +65,13 @@ template <typename T> T turned(T phase) {{
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workloads", default=",".join(WORKLOADS), help="default: %(default)s")
-    parser.add_argument("--methods", default=None, help=f"of {', '.join(_METHODS)}, or all (default: all but compile)")
+    parser.add_argument(
+        "--methods",
+        default=None,
+        help=f"of {', '.join(_METHODS)}, or all (default: all but compile, those of graphs for {_OF_GRAPHS})",
+    )
     parser.add_argument("--step", default="auto", help="the step that nfscale takes, as in fit.step (default: auto)")
+    parser.add_argument("--precision", default="auto", help="of its products, as in fit.precision (default: auto)")
     parser.add_argument("--fitted", type=int, default=_FITTED, help="fields fitted whole (default: %(default)s)")
     add_common_arguments(parser, device="cuda")
 
@@ -71,13 +81,17 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     machine = machine_of(arguments)
     workloads = workloads_named(arguments.workloads, arguments.fields, WORKLOADS)
     methods = methods_named(arguments.methods, "cuda", _METHODS)
-    refuse_step(arguments.step, machine.device)
-    made: dict[str, MakeMethod] = {**METHODS, "nfscale": partial(Ours, step=arguments.step)}
+    taken: dict[str, Any] = {"step": arguments.step, "precision": arguments.precision}
+    refuse_step(device=machine.device, **taken)
+    made: dict[str, MakeMethod] = {**METHODS, **_GRAPHS, "nfscale": partial(Ours, **taken)}
     rows = []
     for name, workload in workloads.items():
-        timed = measured(name, workload, {method: made[method] for method in methods}, machine, arguments.rounds)
+        more = _GRAPHS if name == _OF_GRAPHS and arguments.methods is None else ()
+        timed = measured(
+            name, workload, {method: made[method] for method in [*methods, *more]}, machine, arguments.rounds
+        )
         limit_ms = _limit_ms(workload, machine)
-        quality = _qualities(workload, arguments.step, arguments.fitted, machine) if arguments.fitted else {}
+        quality = _qualities(workload, taken, arguments.fitted, machine) if arguments.fitted else {}
         rows += [_row(row, limit_ms, quality if row["method"] == "nfscale" else {}) for row in timed]
     print_rows([{key: value for key, value in row.items() if not key.startswith("bound")} for row in rows])
     return rows
@@ -119,15 +133,19 @@ def _limit_ms(workload: Workload, machine: Machine) -> float | None:
     return 1e3 * max(workload.operations / products, workload.activations / sines)
 
 
-def _qualities(workload: Workload, step: StepName, fields: int, machine: Machine) -> dict[str, float]:
-    """Median psnr_db of whole fits by our step and by plain ones, and of what differs of it below the rounding."""
+def _qualities(workload: Workload, taken: dict[str, Any], fields: int, machine: Machine) -> dict[str, float]:
+    """Median psnr_db of whole fits by our step and by plain ones, and of what differs of it below the rounding.
+
+    Args:
+        taken: the step and the precision, as `fit` takes them.
+    """
     problem = problem_of(workload, 0, min(fields, workload.fields))
     data = [(str(i), problem.samples.map(lambda tensor, i=i: tensor[i])) for i in range(len(problem.rows))]
     rate = Adam.auto_learning_rate(workload.width, workload.field.weight_scale, workload.samples)
     optimizer: Any = Adam(rate, Schedule("cosine", total_steps=STEPS))
+    ways: dict[str, dict[str, Any]] = {"ours": taken, "plain": {"step": "plain"}}
     found = {}
-    names: tuple[StepName, StepName] = (step, "plain")
-    for name in names:
+    for name, how in ways.items():
         fitted = fit(
             problem.field,
             problem.signal,
@@ -135,13 +153,13 @@ def _qualities(workload: Workload, step: StepName, fields: int, machine: Machine
             optimizer=optimizer,
             stop=Stop(STEPS, check_every=STEPS, max_restarts=0),
             seed=0,
-            step=name,
             device=machine.device,
+            **how,
         )
         found[name] = {result.id: result.quality for result in fitted}
     differences = [
-        min(found[step][datum_id], _ROUNDING_DB) - min(quality, _ROUNDING_DB)
+        min(found["ours"][datum_id], _ROUNDING_DB) - min(quality, _ROUNDING_DB)
         for datum_id, quality in found["plain"].items()
     ]
     medians = {name: statistics.median(qualities.values()) for name, qualities in found.items()}
-    return {"ours": medians[step], "plain": medians["plain"], "difference": statistics.median(differences)}
+    return {**medians, "difference": statistics.median(differences)}

@@ -9,7 +9,8 @@ from torch import Tensor
 from nfscale.benchmark.workloads import Problem
 from nfscale.engine import Calibration
 from nfscale.engine.batch import MINIMUM_SLOTS, Batch, Slot
-from nfscale.engine.dispatch import Step, StepName, chosen
+from nfscale.engine.dispatch import PrecisionName, Step, StepName, chosen
+from nfscale.engine.handwritten import handwritten_steps
 from nfscale.engine.memory import batch_slots, measured_field_bytes
 from nfscale.optim import Adam, Optimizer, Schedule
 
@@ -28,13 +29,14 @@ class Ours:
         step: StepName | Step = "auto",
         optimizer: Optimizer | None = None,
         calibration: Calibration | None = None,
+        precision: PrecisionName = "auto",
     ) -> None:
         self._problem, self._calibration = problem, calibration
         self._optimizer = constant_adam(problem.learning_rate) if optimizer is None else optimizer
         device = problem.rows.device
-        self._taken = (
-            step if isinstance(step, Step) else chosen(step, device, problem.field, problem.signal, self._optimizer)
-        )
+        if not isinstance(step, Step):
+            step = chosen(step, device, problem.field, problem.signal, self._optimizer, precision)
+        self._taken = step
         self.step_name = self._taken.name
         fields = len(problem.rows)
         needed = measured_field_bytes(lambda slots: self._batch([0] * slots), device)
@@ -69,6 +71,13 @@ class Ours:
 
     def rows(self) -> Tensor:
         return torch.cat([batch.rows[batch.occupied] for batch in self._batches])
+
+
+def launched(problem: Problem) -> Ours:
+    """The step of torch on a GPU whose kernels are launched one by one, also where it would replay a record of them."""
+    optimizer = constant_adam(problem.learning_rate)
+    step = chosen("torch", problem.rows.device, problem.field, problem.signal, optimizer)
+    return Ours(problem, replace(step, advance=handwritten_steps))
 
 
 def one_by_one(step: Step) -> Step:

@@ -29,7 +29,7 @@ from nfscale.benchmark.timing import in_turns, print_rows
 from nfscale.benchmark.with_jax import Jax
 from nfscale.benchmark.workers import Share, Team, teams
 from nfscale.benchmark.workloads import WORKLOADS, Workload, chosen_from, problem_of, workloads_named
-from nfscale.engine.dispatch import StepName, chosen
+from nfscale.engine.dispatch import PrecisionName, StepName, chosen
 from nfscale.engine.step import evaluate
 from nfscale.errors import CallerError, NfscaleError
 
@@ -153,15 +153,16 @@ def methods_named(names: str | None, device: str, known: tuple[str, ...] = tuple
     return methods
 
 
-def refuse_step(step: StepName, device: str) -> None:
+def refuse_step(step: StepName, device: str, precision: PrecisionName = "auto") -> None:
     """Before anything is started.
 
     Raises:
-        CallerError: if the engine knows no such step, or cannot take it here.
+        CallerError: if the engine knows no such step or precision, or cannot take it here.
     """
     try:
         problem = problem_of(Workload(1, 16, width=32, depth=2))
-        chosen(step, torch.device(device), problem.field, problem.signal, constant_adam(problem.learning_rate))
+        adam = constant_adam(problem.learning_rate)
+        chosen(step, torch.device(device), problem.field, problem.signal, adam, precision)
     except ValueError as error:
         raise CallerError(str(error)) from error
 

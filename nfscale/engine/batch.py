@@ -18,7 +18,7 @@ from nfscale.fields import Field
 from nfscale.layout import Params
 from nfscale.optim import Extra, Optimizer, Solver
 from nfscale.optim.base import State
-from nfscale.rng import Stream, rademacher
+from nfscale.rng import Stream, as_tensor, rademacher
 from nfscale.signals import Samples, Signal, Source
 
 MINIMUM_SLOTS = 2
@@ -222,29 +222,37 @@ class Batch:
 
     def fill(self, index: int, slot: Slot, row: Tensor, samples: Samples) -> None:
         """Put a datum into a slot, as new: its row, its samples, an empty optimiser state."""
-        self.slots[index] = slot
+        self.fill_all([index], [slot], row[None], samples.map(lambda tensor: tensor[None].to(row.device)))
+
+    def fill_all(self, indices: list[int], slots: list[Slot], rows: Tensor, samples: Samples) -> None:
+        """Put data into slots at once, for on a GPU one takes as many launches as all: [n, P], [n, N, ...]."""
+        at = torch.tensor(indices, device=rows.device)
 
         def put(ours: Tensor, theirs: Tensor) -> Tensor:
-            ours[index] = theirs
+            ours[at] = theirs
             return ours
 
         self.samples = self.samples.map(put, samples)
-        self.seeds[index] = slot.seed - (1 << 64) if slot.seed >= (1 << 63) else slot.seed
-        self.reset(index, slot, row)
+        self.seeds[at] = as_tensor([slot.seed for slot in slots], rows.device)
+        self._reset(at, indices, slots, rows)
 
     def reset(self, index: int, slot: Slot, row: Tensor) -> None:
         """Start the datum in a slot again from `row`, at the rate its restarts leave it."""
-        self.slots[index] = slot
+        self._reset(torch.tensor([index], device=row.device), [index], [slot], row[None])
+
+    def _reset(self, at: Tensor, indices: list[int], slots: list[Slot], rows: Tensor) -> None:
+        for index, slot in zip(indices, slots, strict=True):
+            self.slots[index] = slot
         if self.sampler.selects:
-            self._present([index], _without_measured(self.samples).map(lambda tensor: tensor[index : index + 1]))
-        self.rows[index] = row
-        self.best_rows[index] = row
-        self.steps[index] = 0
-        self.rate[index] = slot.rate
-        if self.lengths is not None and slot.max_steps is not None:
-            self.lengths[index] = slot.max_steps
-        fresh = self._begun(self.rows[index : index + 1])
-        _assign(self.state, fresh, index)
+            self._present(indices, _without_measured(self.samples).map(lambda tensor: tensor[at]))
+        self.rows[at] = rows
+        self.best_rows[at] = rows
+        self.steps[at] = 0
+        self.rate[at] = torch.tensor([slot.rate for slot in slots], dtype=self.rate.dtype, device=rows.device)
+        lengths = [slot.max_steps for slot in slots]
+        if self.lengths is not None and None not in lengths:
+            self.lengths[at] = torch.tensor(lengths, device=rows.device)
+        _assign(self.state, self._begun(self.rows[at]), at)
 
     def keep(self, indices: list[int]) -> None:
         """Drop all slots but these."""
@@ -262,12 +270,12 @@ def _without_measured(samples: Samples) -> Samples:
     return Samples(samples.coordinates, samples.values, samples.mask)
 
 
-def _assign(state: State, fresh: State, index: int) -> None:
+def _assign(state: State, fresh: State, at: Tensor) -> None:
     for name, value in state.items():
         if isinstance(value, Tensor):
-            value[index] = fresh[name][0]
+            value[at] = fresh[name]
         else:
-            _assign(value, fresh[name], index)
+            _assign(value, fresh[name], at)
 
 
 def _pick(state: State, indices: list[int]) -> State:

@@ -14,7 +14,7 @@ from typing import Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from nfscale.engine.dispatch import Step, StepName, chosen
+from nfscale.engine.dispatch import PrecisionName, Step, StepName, chosen
 from nfscale.engine.result import Stop
 from nfscale.engine.sampling import DRAWN_IN_FULL, Sampler, Sampling, fetched, fetched_steps
 from nfscale.engine.step import evaluate, stack_samples, training_samples
@@ -66,6 +66,7 @@ def calibrate(
     samples: int | Literal["full"] = "full",
     sampling: Sampling = "stratified",
     step: StepName = "auto",
+    precision: PrecisionName = "auto",
     device: torch.device | str | None = None,
     threads: int = 1,
 ) -> Calibration:
@@ -78,7 +79,7 @@ def calibrate(
         data: (id, samples) pairs of one sample count; 32 are enough for photographs. What they hold back is not
             looked at.
         theta0: float32 [P], the params that all fields start from; by default those of `fit` for this seed.
-        samples, sampling, step: as in `fit`; sampling="error" is here "stratified".
+        samples, sampling, step, precision: as in `fit`; sampling="error" is here "stratified".
         threads: that native steps may take, if that is more than torch has; the bits are the same. Of others they
             would not be.
 
@@ -96,7 +97,7 @@ def calibrate(
     if len({part.kind for _, part in data}) != 1:
         raise ValueError("a calibration takes data that agree in what they are checked on and in having masks")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    taken = _on_threads(chosen(step, device, field, signal, optimizer), threads)
+    taken = _on_threads(chosen(step, device, field, signal, optimizer, precision), threads)
     data = data if len(data) > 1 else [data[0]] * 2  # a lone field rounds differently
     batch = stack_samples([part for _, part in data], device)
     seeds = as_tensor([datum_seed(seed, datum_id) for datum_id, _ in data], device)

@@ -8,18 +8,29 @@
 |        |        |                |                               | the Hessian-vector product, the update in torch   |
 | fused  | NVIDIA | MLP with sines | likewise                      | likewise, in Triton; auto takes it up to width 64 |
 |        | GPU    | of some shapes |                               |                                                   |
+
+Products between hidden layers are in the precision that is asked for; first layers, weights, what optimisers keep and
+what checks measure are float32 in all of them:
+
+| precision | products                                 | steps                                                      |
+| auto      | float16 in the fused step up to weight   | all                                                        |
+|           | scale 3, float32 otherwise               |                                                            |
+| float32   | float32                                  | all                                                        |
+| tf32      | float32 of operands cut to 11 bits       | torch, on CUDA                                             |
+| float16   | float16 operands, float32 sums           | fused, torch on CUDA (float32 for Hessian-vector products) |
 """
 
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal, get_args
+from functools import lru_cache, partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from nfscale.engine import fused, fused_trial, handwritten, native
+from nfscale.engine.recorded import Recorded
 from nfscale.engine.step import plain_apply, plain_gradient, plain_gradient_and_hvp
 from nfscale.engine.updates import knows
 from nfscale.fields import Field
@@ -28,6 +39,9 @@ from nfscale.signals import Samples, Signal
 from nfscale.signals.base import Apply
 
 StepName = Literal["auto", "plain", "torch", "native", "fused"]
+PrecisionName = Literal["auto", "float32", "tf32", "float16"]
+_OF_A_GPU = ("tf32", "float16")
+_FUSED: dict[PrecisionName, fused.Precision | None] = {"auto": None, "float32": "ieee", "float16": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -50,27 +64,55 @@ class Step:
 PLAIN = Step("plain", plain_gradient, plain_apply)
 
 
-def chosen(name: StepName, device: torch.device, field: Field, signal: Signal, optimizer: Optimizer | Solver) -> Step:
+def chosen(
+    name: StepName,
+    device: torch.device,
+    field: Field,
+    signal: Signal,
+    optimizer: Optimizer | Solver,
+    precision: PrecisionName = "auto",
+) -> Step:
     """The step of this name, or for "auto" the fastest that serves the combination.
 
     Raises:
-        ValueError: if the named step does not serve it, saying why.
+        ValueError: if the named step does not serve it, or none has the precision, saying why.
     """
-    if name not in get_args(StepName):
-        raise ValueError(f"unknown step {name!r}; known steps: {', '.join(get_args(StepName))}")
+    for what, given, known in (("step", name, StepName), ("precision", precision, PrecisionName)):
+        if given not in get_args(known):
+            raise ValueError(f"unknown {what} {given!r}; known {what}s: {', '.join(get_args(known))}")
+    if precision in _OF_A_GPU and (why := _too_coarse(device, optimizer)):
+        raise ValueError(f"precision={precision!r} cannot be taken: {why}; use precision='auto' or 'float32'")
+    why = "a plain step has products in float32"
     for twin_name, twin in _TWINS.items():
         if name not in ("auto", twin_name):
             continue
-        found = twin(device, field, signal, optimizer, name == "auto")
+        found = twin(device, field, signal, optimizer, precision, name == "auto")
         if isinstance(found, Step):
             return found
         if name == twin_name:
             raise ValueError(f"step={name!r} cannot be taken: {found}; use step='auto' or 'plain'")
+        why = found or why
+    if precision in _OF_A_GPU:
+        raise ValueError(f"precision={precision!r} cannot be taken: {why}; use precision='auto' or 'float32'")
     return PLAIN
 
 
+def _too_coarse(device: torch.device, optimizer: Optimizer | Solver) -> str | None:
+    """Why no step has less than float32 products here, or None."""
+    if device.type != "cuda":
+        return f"it is for an NVIDIA GPU, not for {device}"
+    if isinstance(optimizer, Solver):
+        return f"{type(optimizer).__name__} compares losses more finely than such products tell them apart"
+    return None
+
+
 def _native(
-    device: torch.device, field: Field, signal: Signal, optimizer: Optimizer | Solver, by_itself: bool
+    device: torch.device,
+    field: Field,
+    signal: Signal,
+    optimizer: Optimizer | Solver,
+    precision: PrecisionName,
+    by_itself: bool,
 ) -> Step | str | None:
     if why := native.refusal(device, field, signal):
         return why
@@ -81,35 +123,60 @@ def _native(
 
 
 def _fused(
-    device: torch.device, field: Field, signal: Signal, optimizer: Optimizer | Solver, by_itself: bool
+    device: torch.device,
+    field: Field,
+    signal: Signal,
+    optimizer: Optimizer | Solver,
+    precision: PrecisionName,
+    by_itself: bool,
 ) -> Step | str | None:
+    if precision not in _FUSED:
+        return f"its products are float16 or float32, not {precision}"
+    products = _FUSED[precision]
     if by_itself and (device.type != "cuda" or not fused.suits(field)):
         return None
     if by_itself and isinstance(optimizer, Solver):
         return None  # a line search compares losses more finely than float16 products tell them apart
-    if why := fused.refusal(device, field, signal):
+    if why := fused.refusal(device, field, signal, products):
         return why
     if why := fused.unavailable(device):
         return _missed("fused", why, by_itself)
-    if by_itself and (why := fused_trial.disagreement(device, field, signal)):
+    if by_itself and (why := fused_trial.disagreement(device, field, signal, products)):
         return _missed("fused", why, by_itself)
-    advance = fused.fused_steps if knows(optimizer) else None
-    with_hvp = fused.fused_gradient_and_hvp if fused.has_curvature(field) else handwritten.handwritten_gradient_and_hvp
-    return Step("fused", fused.fused_gradient, plain_apply, advance, with_hvp)
+    with_hvp: Any = handwritten.handwritten_gradient_and_hvp
+    if fused.has_curvature(field):
+        with_hvp = _in(products, fused.fused_gradient_and_hvp)
+    advance = _in(products, fused.fused_steps) if knows(optimizer) else None
+    return Step("fused", _in(products, fused.fused_gradient), plain_apply, advance, with_hvp)
 
 
 def _torch(
-    device: torch.device, field: Field, signal: Signal, optimizer: Optimizer | Solver, by_itself: bool
+    device: torch.device,
+    field: Field,
+    signal: Signal,
+    optimizer: Optimizer | Solver,
+    precision: PrecisionName,
+    by_itself: bool,
 ) -> Step | str | None:
     if why := handwritten.refusal(device, field, signal):
         return why
+    products: Any = precision if precision in _OF_A_GPU else None
+    advance: Callable[..., None] | None = None
+    if handwritten.knows(optimizer) and not (products == "float16" and "hv" in optimizer.needs):
+        on_cuda = device.type == "cuda"
+        advance = Recorded(products or "float32") if on_cuda else handwritten.handwritten_steps
     return Step(
         "torch",
-        handwritten.handwritten_gradient,
+        _in(products, handwritten.handwritten_gradient),
         handwritten.handwritten_apply,
-        handwritten.handwritten_steps if handwritten.knows(optimizer) else None,
-        handwritten.handwritten_gradient_and_hvp,
+        advance,
+        _in(products if products == "tf32" else None, handwritten.handwritten_gradient_and_hvp),
     )
+
+
+def _in(precision: str | None, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with products in a precision, if it is not the function's own."""
+    return function if precision is None else partial(function, precision=precision)
 
 
 def _missed(name: str, why: str, by_itself: bool) -> str:

@@ -63,8 +63,9 @@ _LAUNCHES: dict[Precision, dict[int, _Launch]] = {
 }
 
 
-def refusal(device: torch.device, field: Field, signal: Signal) -> str | None:
+def refusal(device: torch.device, field: Field, signal: Signal, precision: Precision | None = None) -> str | None:
     """Why the fused step cannot serve these, or None if it can; does not look for Triton."""
+    precision = precision or precision_of(field)
     if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
         return f"it runs on an NVIDIA GPU, not on {device} (for tests, TRITON_INTERPRET=1 lets it run on a CPU)"
     if (why := not_siren(field)) or not isinstance(field, MLP):
@@ -75,7 +76,7 @@ def refusal(device: torch.device, field: Field, signal: Signal) -> str | None:
     if field.dimensions > _MOST_DIMENSIONS or field.channels > _MOST_CHANNELS:
         most = f"{_MOST_DIMENSIONS} dimensions and {_MOST_CHANNELS} channels"
         return f"it knows at most {most}, not {field.dimensions} and {field.channels}"
-    if precision_of(field) == "ieee" and field.width == _WIDTHS[-1] and field.depth > _DEEPEST_IN_FLOAT32:
+    if precision == "ieee" and field.width == _WIDTHS[-1] and field.depth > _DEEPEST_IN_FLOAT32:
         return f"float32 operands of width {field.width} and depth {field.depth} are more than a program has room for"
     if not getattr(signal, "squared_error", False):
         return f"it knows signals whose loss is the mean squared error at points, which {type(signal).__name__} is not"

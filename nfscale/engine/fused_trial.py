@@ -25,7 +25,9 @@ _STEP_BOUND = 0.1  # relative; first steps of Adam follow signs, and those of sm
 
 
 @lru_cache
-def disagreement(device: torch.device, field: Field, signal: Signal) -> str | None:
+def disagreement(
+    device: torch.device, field: Field, signal: Signal, precision: fused.Precision | None = None
+) -> str | None:
     """Why the fused step is not to be trusted with such fields on this device, or None."""
     seeds = as_tensor(list(range(_FIELDS)), device)
     rows = field.layout.ravel(field.init(seeds))
@@ -35,8 +37,8 @@ def disagreement(device: torch.device, field: Field, signal: Signal) -> str | No
         coordinates.reshape(_FIELDS, _SAMPLES, -1).contiguous(), values.reshape(_FIELDS, _SAMPLES, -1).contiguous() / 2
     )
     try:
-        _, gradients = fused.fused_gradient(field, signal, rows, samples)
-        once, twice = (_fused_steps(field, rows, samples, seeds) for _ in range(2))
+        _, gradients = fused.fused_gradient(field, signal, rows, samples, precision)
+        once, twice = (_fused_steps(field, rows, samples, seeds, precision) for _ in range(2))
     except Exception as error:
         return f"on this device it fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if not torch.equal(once, twice):
@@ -53,12 +55,16 @@ def disagreement(device: torch.device, field: Field, signal: Signal) -> str | No
     return None
 
 
-def _fused_steps(field: Field, rows: Tensor, samples: Samples, seeds: Tensor) -> Tensor:
+def _fused_steps(
+    field: Field, rows: Tensor, samples: Samples, seeds: Tensor, precision: fused.Precision | None
+) -> Tensor:
     rows, steps, rate = rows.clone(), torch.zeros_like(seeds), torch.ones_like(seeds, dtype=torch.float32)
     state = _ADAM.init({"rows": rows})
     sampler = Sampler(_SAMPLES, _SAMPLES)
-    fields = list(range(_FIELDS))
-    fused.fused_steps(field, _ADAM, None, sampler, rows, state, samples, seeds, steps, rate, _STEPS, fields)
+    fields, lengths = list(range(_FIELDS)), None
+    fused.fused_steps(
+        field, _ADAM, None, sampler, rows, state, samples, seeds, steps, rate, _STEPS, fields, lengths, precision
+    )
     return rows
 
 

@@ -5,13 +5,14 @@ On a CPU a chunk of fields takes all its steps before the next chunk begins, so 
 are in `handwritten_passes`, what the optimisers do in `handwritten_updates`.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from nfscale.engine.handwritten_passes import Passes, Plan, forward
 from nfscale.engine.handwritten_updates import knows, probe_words, update_of
+from nfscale.engine.products import Precision
 from nfscale.engine.sampling import Sampler
 from nfscale.engine.step import not_siren
 from nfscale.fields import MLP, Field
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
     from nfscale.engine.calibrate import Calibration  # which takes a step itself
 
 __all__ = [
+    "Run",
     "handwritten_apply",
     "handwritten_gradient",
     "handwritten_gradient_and_hvp",
     "handwritten_steps",
     "knows",
+    "plan_of_steps",
     "refusal",
 ]
 
@@ -47,27 +50,34 @@ def refusal(device: torch.device, field: Field, signal: Signal) -> str | None:
 
 
 @torch.no_grad()
-def handwritten_gradient(field: Field, signal: Signal, rows: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
+def handwritten_gradient(
+    field: Field, signal: Signal, rows: Tensor, samples: Samples, precision: Precision = "float32"
+) -> tuple[Tensor, Tensor]:
     """Losses [F] and gradients [F, P] of rows of weights [F, P] on a batch of samples [F, N, ...]."""
-    losses, gradients, _ = _evaluated(field, rows, samples, None)
+    losses, gradients, _ = _evaluated(field, rows, samples, None, precision)
     return losses, gradients
 
 
 @torch.no_grad()
 def handwritten_gradient_and_hvp(
-    field: Field, signal: Signal, rows: Tensor, samples: Samples, probe: Tensor
+    field: Field,
+    signal: Signal,
+    rows: Tensor,
+    samples: Samples,
+    probe: Tensor,
+    precision: Literal["float32", "tf32"] = "float32",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [F], gradients [F, P] and Hessian-vector products [F, P] with probes [F, P]."""
-    losses, gradients, products = _evaluated(field, rows, samples, probe)
+    losses, gradients, products = _evaluated(field, rows, samples, probe, precision)
     assert products is not None
     return losses, gradients, products
 
 
 def _evaluated(
-    field: Field, rows: Tensor, samples: Samples, probe: Tensor | None
+    field: Field, rows: Tensor, samples: Samples, probe: Tensor | None, precision: Precision
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     plan = _plan(field, samples, len(rows), rows)
-    workspaces = _Workspaces(plan, rows, with_products=probe is not None)
+    workspaces = _Workspaces(plan, rows, probe is not None, precision)
     losses, gradients = rows.new_empty(len(rows)), torch.empty_like(rows)
     products = None if probe is None else torch.empty_like(rows)
     for chunk, index, moving in _chunks(plan, list(range(len(rows))), rows.device):
@@ -112,32 +122,98 @@ def handwritten_steps(
     count: int,
     fields: list[int],
     lengths: Tensor | None = None,
+    precision: Precision = "float32",
 ) -> None:
     """`count` steps of some fields of a batch, in place; arguments as those of `native.native_steps`."""
-    taken = sampler.available if sampler.is_full else sampler.per_step
-    plan = _plan(field, samples, len(fields), rows, taken)
+    plan = plan_of_steps(field, sampler, samples, len(fields), rows)
     probes = probe_words(optimizer, field.layout.size, seeds, steps, count)
-    workspaces = _Workspaces(plan, rows, with_products=probes is not None)
+    workspaces = _Workspaces(plan, rows, probes is not None, precision)
     for chunk, index, moving in _chunks(plan, fields, rows.device):
-        passes = workspaces.of(chunk)
-        plan.pack(rows[index], passes.rows)
-        own = _taken(samples, index)
         words = None if probes is None else probes[index]
-        update = update_of(optimizer, calibration, passes, state, index, steps, rate, count, words, lengths)
-        drawn = None if sampler.is_full else _Drawn(sampler, own, seeds[index], steps[index], count)
-        if drawn is None:
+        run = Run(
+            workspaces.of(chunk),
+            optimizer,
+            calibration,
+            sampler,
+            rows,
+            state,
+            samples,
+            seeds,
+            steps,
+            rate,
+            count,
+            index,
+            words,
+            lengths,
+        )
+        for first in range(0, count, _DRAWN_STEPS):
+            upcoming = min(_DRAWN_STEPS, count - first)
+            run.draw(first, upcoming)
+            run.take(first, upcoming)
+        run.store(rows, state, moving)
+
+
+class Run:
+    """The next `count` steps of a chunk of fields, `index` [k] of a batch whose rows, state and so on these are.
+
+    What the steps read lies in the passes and in `inputs`; `draw` the samples of some steps, then `take` these.
+    """
+
+    def __init__(
+        self,
+        passes: Passes,
+        optimizer: Optimizer,
+        calibration: "Calibration | None",
+        sampler: Sampler,
+        rows: Tensor,
+        state: State,
+        samples: Samples,
+        seeds: Tensor,
+        steps: Tensor,
+        rate: Tensor,
+        count: int,
+        index: Tensor,
+        words: Tensor | None,
+        lengths: Tensor | None,
+    ) -> None:
+        self._passes = passes
+        passes.plan.pack(rows[index], passes.rows)
+        own = _taken(samples, index)
+        self._update = update_of(optimizer, calibration, passes, state, index, steps, rate, count, words, lengths)
+        self._drawn = None if sampler.is_full else _Drawn(sampler, own, seeds[index], steps[index])
+        if self._drawn is None:
             passes.load(*own)
-        for number in range(count):
-            if drawn is not None:
-                passes.load(*drawn.at(number))
-            update.prepare(number)
-            if update.wants_products(number):
-                passes.gradient_and_product()
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """What differs between this run, once its samples are drawn, and another one with the same passes."""
+        return [*self._update.inputs, *([] if self._drawn is None else self._drawn.inputs)]
+
+    def draw(self, first: int, count: int) -> None:
+        if self._drawn is not None:
+            self._drawn.draw(first, count)
+
+    def take(self, first: int, count: int) -> None:
+        """Steps of numbers `first` and so on, for which samples have been drawn."""
+        for place in range(count):
+            if self._drawn is not None:
+                self._passes.load(*self._drawn.at(place))
+            self._update.prepare(first + place)
+            if self._update.wants_products(first + place):
+                self._passes.gradient_and_product()
             else:
-                passes.gradient()
-            update.apply(number)
-        rows[moving] = plan.unpack(passes.rows)[: len(moving)]
-        update.store(state, moving)
+                self._passes.gradient()
+            self._update.apply(first + place)
+
+    def store(self, rows: Tensor, state: State, moving: Tensor) -> None:
+        """Into the rows and the state of the batch: the first of the chunk's fields are those `moving` [<= k]."""
+        rows[moving] = self._passes.plan.unpack(self._passes.rows)[: len(moving)]
+        self._update.store(state, moving)
+
+
+def plan_of_steps(field: Field, sampler: Sampler, samples: Samples, fields: int, rows: Tensor) -> Plan:
+    """The plan for steps of so many fields, see `_plan`."""
+    return _plan(field, samples, fields, rows, sampler.available if sampler.is_full else sampler.per_step)
 
 
 def _plan(field: Field, samples: Samples, fields: int, rows: Tensor, points: int | None = None) -> Plan:
@@ -157,13 +233,14 @@ def _plan(field: Field, samples: Samples, fields: int, rows: Tensor, points: int
 class _Workspaces:
     """Passes by the number of fields of a chunk, of which there are at most two."""
 
-    def __init__(self, plan: Plan, like: Tensor, with_products: bool) -> None:
+    def __init__(self, plan: Plan, like: Tensor, with_products: bool, precision: Precision) -> None:
         self._made: dict[int, Passes] = {}
         self._plan, self._like, self._with_products = plan, like, with_products
+        self._precision: Precision = precision
 
     def of(self, chunk: list[int]) -> Passes:
         if len(chunk) not in self._made:
-            self._made[len(chunk)] = Passes(self._plan, len(chunk), self._like, self._with_products)
+            self._made[len(chunk)] = Passes(self._plan, len(chunk), self._like, self._with_products, self._precision)
         return self._made[len(chunk)]
 
 
@@ -186,25 +263,24 @@ class _Drawn:
     """The samples of each step of a chunk, drawn for some steps at once."""
 
     def __init__(
-        self,
-        sampler: Sampler,
-        own: tuple[Tensor, Tensor, Tensor | None],
-        seeds: Tensor,
-        steps: Tensor,
-        count: int,
+        self, sampler: Sampler, own: tuple[Tensor, Tensor, Tensor | None], seeds: Tensor, steps: Tensor
     ) -> None:
-        self._sampler, self._seeds, self._steps, self._count = sampler, seeds, steps, count
+        self._sampler, self._seeds, self._steps = sampler, seeds, steps
         self._own = [tensor if tensor is None else tensor.flatten(0, 1) for tensor in own]
         self._first = torch.arange(len(seeds), device=seeds.device)[:, None] * sampler.available
         self._positions = torch.empty(0)
 
-    def at(self, number: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The samples of step `number`; to be asked for in order."""
-        place = number % _DRAWN_STEPS
-        if place == 0:
-            drawn = min(_DRAWN_STEPS, self._count - number)
-            positions = self._sampler.positions(self._seeds, self._steps + number, drawn)
-            self._positions = (positions.transpose(0, 1) + self._first).contiguous()
+    @property
+    def inputs(self) -> list[Tensor]:
+        return [self._positions, *(tensor for tensor in self._own if tensor is not None)]
+
+    def draw(self, first: int, count: int) -> None:
+        """For steps of numbers `first` and so on."""
+        positions = self._sampler.positions(self._seeds, self._steps + first, count)
+        self._positions = (positions.transpose(0, 1) + self._first).contiguous()
+
+    def at(self, place: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The samples of one of the steps that were drawn for."""
         flat, shape = self._positions[place].flatten(), self._positions[place].shape
         coordinates, values, mask = (
             None if tensor is None else tensor.index_select(0, flat).view(*shape, *tensor.shape[1:])

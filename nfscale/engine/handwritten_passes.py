@@ -20,6 +20,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from nfscale.engine.products import Precision, Products, boosts, products_of
 from nfscale.fields import MLP
 
 _LAYER_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
@@ -106,11 +107,17 @@ class Plan:
 class _Operands:
     """Rows [k, row_size] as operands of batched products; their blocks are fields, or tiles of one field."""
 
-    def __init__(self, plan: Plan, rows: Tensor) -> None:
-        self.rows = rows
+    def __init__(self, plan: Plan, rows: Tensor, products: Products) -> None:
+        self.rows, self._rounded = rows, rows
         tensors = list(plan.wide.layout.unravel(rows).values())
         blocks = len(rows) * plan.tiles
         self.weights = [weight.expand(blocks, -1, -1) for weight in tensors[0::2]]
+        self.operands = self.weights
+        """As products take them; where they are rounded, at the last `refresh`."""
+        if products.dtype is not None:
+            self._rounded = torch.zeros_like(rows, dtype=products.dtype)
+            rounded = list(plan.wide.layout.unravel(self._rounded).values())
+            self.operands = [weight.expand(blocks, -1, -1) for weight in rounded[0::2]]
         self.biases = [bias.unsqueeze(1).expand(blocks, -1, -1) for bias in tensors[1::2]]
         self._weight_0, self._bias_0, self._omega_0 = tensors[0].mT, tensors[1], plan.field.first_omega
         self._first = rows.new_empty((len(rows), plan.field.dimensions + 1, plan.wide.width))
@@ -120,6 +127,8 @@ class _Operands:
     def refresh(self) -> None:
         torch.mul(self._weight_0, self._omega_0, out=self._first[:, :-1])
         torch.mul(self._bias_0, self._omega_0, out=self._first[:, -1])
+        if self._rounded is not self.rows:
+            self._rounded.copy_(self.rows)
 
 
 class _Sums:
@@ -151,10 +160,10 @@ class _Sums:
 class _Tape:
     """What the way forward leaves for the way back, and the buffers of the way back."""
 
-    def __init__(self, plan: Plan, like: Tensor, blocks: int) -> None:
+    def __init__(self, plan: Plan, like: Tensor, blocks: int, dtype: torch.dtype | None = None) -> None:
         shape = (blocks, plan.tile_points, plan.wide.width)
-        self.hidden = [like.new_empty(shape) for _ in range(plan.field.depth)]
-        """h_l; of the R-operator R h_l."""
+        self.hidden = [like.new_empty(shape, dtype=dtype or like.dtype) for _ in range(plan.field.depth)]
+        """h_l, as products take it; of the R-operator R h_l."""
         self.factors = [like.new_empty(shape) for _ in range(plan.field.depth)]
         """cos z_l; of the R-operator h_l R z_l."""
         self.slope, self.next_slope = like.new_empty(shape), like.new_empty(shape)
@@ -167,14 +176,23 @@ class _Tape:
 class Passes:
     """The passes over one chunk of k fields: `load` samples (all with masks or none), set `rows`, take gradients."""
 
-    def __init__(self, plan: Plan, fields: int, like: Tensor, with_products: bool = False) -> None:
-        self.plan = plan
-        shape, blocks = (fields, plan.row_size), fields * plan.tiles
-        self._at, self._sums = _Operands(plan, like.new_zeros(shape)), _Sums(plan, like.new_zeros(shape))
-        self._tape = _Tape(plan, like, blocks)
+    def __init__(
+        self,
+        plan: Plan,
+        fields: int,
+        like: Tensor,
+        with_products: bool = False,
+        precision: Precision = "float32",
+    ) -> None:
+        self.plan, self._products = plan, products_of(precision)
+        shape, blocks, rounded = (fields, plan.row_size), fields * plan.tiles, self._products.dtype
+        self._at = _Operands(plan, like.new_zeros(shape), self._products)
+        self._sums, self._tape = _Sums(plan, like.new_zeros(shape)), _Tape(plan, like, blocks, rounded)
         if with_products:
-            self._along, self._r_sums = _Operands(plan, like.new_zeros(shape)), _Sums(plan, like.new_zeros(shape))
-            self._r_tape = _Tape(plan, like, blocks)
+            assert rounded is None, "the range of derivatives along a probe is not that of slopes"
+            self._along = _Operands(plan, like.new_zeros(shape), self._products)
+            self._r_sums, self._r_tape = _Sums(plan, like.new_zeros(shape)), _Tape(plan, like, blocks)
+        self._boost = None if rounded is None else like.new_ones((fields, 1))
         self._omegas = [plan.field.first_omega] + [plan.field.omega_hidden] * (plan.field.depth - 1)
         ahead, points = (plan.pieces, blocks), plan.tile_points
         self._coordinates = like.new_zeros((*ahead, plan.field.dimensions + 1, points))
@@ -209,8 +227,11 @@ class Passes:
         self._put(self._coordinates[:, :, :-1], coordinates.mT)
         self._put(self._values, values.mT)
         if mask is not None:
-            self._put(self._shares, (mask / mask.sum(dim=1, keepdim=True)).unsqueeze(1))
+            shares = mask / mask.sum(dim=1, keepdim=True)
+            self._put(self._shares, shares.unsqueeze(1))
             self._is_even = False
+        if self._boost is not None:
+            self._boost.copy_(boosts(values, 1 / self.plan.points if mask is None else shares.abs().amax(dim=1)))
 
     def _put(self, blocks: Tensor, given: Tensor) -> None:
         """[k, ..., N] into its places in [pieces, blocks, ..., tile_points]."""
@@ -229,6 +250,8 @@ class Passes:
             slope = self._loss_slope(piece, losses)
             self._backward(piece, slope)
         self._sums.finish()
+        if self._boost is not None:
+            self._sums.rows.div_(self._boost)
         return losses
 
     def gradient_and_product(self, with_losses: bool = False) -> Tensor | None:
@@ -247,15 +270,15 @@ class Passes:
         return losses
 
     def _forward(self, piece: int) -> None:
-        at, hidden, factors = self._at, self._tape.hidden, self._tape.factors
+        at, hidden, factors, product = self._at, self._tape.hidden, self._tape.factors, self._products
         torch.bmm(self._coordinates[piece].mT, at.first, out=factors[0])
         for layer in range(self.plan.field.depth):
             if layer:
-                omega, weight = self._omegas[layer], at.weights[layer].mT
-                torch.baddbmm(at.biases[layer], hidden[layer - 1], weight, beta=omega, alpha=omega, out=factors[layer])
+                omega, weight = self._omegas[layer], at.operands[layer].mT
+                product.affine(at.biases[layer], hidden[layer - 1], weight, factors[layer], beta=omega, alpha=omega)
             torch.sin(factors[layer], out=hidden[layer])
             factors[layer].cos_()
-        torch.baddbmm(at.biases[-1].mT, at.weights[-1], hidden[-1].mT, out=self._tape.output)
+        product.affine(at.biases[-1].mT, at.operands[-1], hidden[-1].mT, self._tape.output)
 
     def _slope_factor(self, piece: int) -> Tensor | float:
         """What the residuals [blocks, C, n] are multiplied by."""
@@ -266,14 +289,17 @@ class Passes:
         """d loss / d y, in the place of the output: [blocks, C, n]."""
         residual = self._tape.output.sub_(self._values[piece])
         if losses is None:
-            return residual.mul_(self._slope_factor(piece))
+            return self._boosted(residual.mul_(self._slope_factor(piece)))
         slope = residual * self._slope_factor(piece)
         losses += (residual.mul_(slope).sum(dim=(1, 2)) / 2).view(len(losses), -1).sum(dim=1)
-        return residual.copy_(slope)
+        return self._boosted(residual.copy_(slope))
+
+    def _boosted(self, slope: Tensor) -> Tensor:
+        return slope if self._boost is None else slope.mul_(self._boost.unsqueeze(2))
 
     def _backward(self, piece: int, slope: Tensor) -> None:
-        at, sums, tape, beta = self._at, self._sums, self._tape, int(piece > 0)
-        sums.weights[-1].baddbmm_(slope, tape.hidden[-1], beta=beta)
+        at, sums, tape, product, beta = self._at, self._sums, self._tape, self._products, int(piece > 0)
+        product.add(sums.weights[-1], product.operand(slope), tape.hidden[-1], beta)
         sums.add_bias(-1, slope, 2, beta)
         _outer(slope.mul_(self._omegas[-1]), at.weights[-1], out=tape.slope)
         for layer in reversed(range(self.plan.field.depth)):
@@ -281,31 +307,32 @@ class Passes:
             if layer == 0:
                 sums.first.baddbmm_(self._coordinates[piece], into, beta=beta)
                 return
-            sums.weights[layer].baddbmm_(into.mT, tape.hidden[layer - 1], beta=beta)
+            rounded = product.operand(into)
+            product.add(sums.weights[layer], rounded.mT, tape.hidden[layer - 1], beta)
             sums.add_bias(layer, into, 1, beta)
-            tape.next_slope.baddbmm_(into, at.weights[layer], beta=0, alpha=self._omegas[layer - 1])
+            product.add(tape.next_slope, rounded, at.operands[layer], beta=0, alpha=self._omegas[layer - 1])
             tape.turn()
 
     def _r_forward(self, piece: int) -> None:
-        at, along, tape, r_tape = self._at, self._along, self._tape, self._r_tape
+        at, along, tape, r_tape, product = self._at, self._along, self._tape, self._r_tape, self._products
         torch.bmm(self._coordinates[piece].mT, along.first, out=r_tape.factors[0])
         for layer in range(self.plan.field.depth):
             r_z = r_tape.factors[layer]
             if layer:
                 omega, below = self._omegas[layer], layer - 1
                 weight, direction = at.weights[layer].mT, along.weights[layer].mT
-                torch.baddbmm(along.biases[layer], tape.hidden[below], direction, beta=omega, alpha=omega, out=r_z)
-                r_z.baddbmm_(r_tape.hidden[below], weight, alpha=omega)
+                product.affine(along.biases[layer], tape.hidden[below], direction, r_z, beta=omega, alpha=omega)
+                product.add(r_z, r_tape.hidden[below], weight, alpha=omega)
             torch.mul(r_z, tape.factors[layer], out=r_tape.hidden[layer])
             r_z.mul_(tape.hidden[layer])
-        torch.baddbmm(along.biases[-1].mT, along.weights[-1], tape.hidden[-1].mT, out=r_tape.output)
-        r_tape.output.baddbmm_(at.weights[-1], r_tape.hidden[-1].mT)
+        product.affine(along.biases[-1].mT, along.weights[-1], tape.hidden[-1].mT, r_tape.output)
+        product.add(r_tape.output, at.weights[-1], r_tape.hidden[-1].mT)
 
     def _r_backward(self, piece: int, slope: Tensor, r_slope: Tensor) -> None:
         at, along, tape, r_tape, beta = self._at, self._along, self._tape, self._r_tape, int(piece > 0)
-        sums, r_sums, omega = self._sums, self._r_sums, self._omegas[-1]
-        sums.weights[-1].baddbmm_(slope, tape.hidden[-1], beta=beta)
-        r_sums.weights[-1].baddbmm_(r_slope, tape.hidden[-1], beta=beta).baddbmm_(slope, r_tape.hidden[-1])
+        sums, r_sums, product, omega = self._sums, self._r_sums, self._products, self._omegas[-1]
+        product.add(sums.weights[-1], slope, tape.hidden[-1], beta)
+        product.add(product.add(r_sums.weights[-1], r_slope, tape.hidden[-1], beta), slope, r_tape.hidden[-1])
         sums.add_bias(-1, slope, 2, beta)
         r_sums.add_bias(-1, r_slope, 2, beta)
         _outer(slope.mul_(omega), at.weights[-1], out=tape.slope)
@@ -320,13 +347,13 @@ class Passes:
                 r_sums.first.baddbmm_(self._coordinates[piece], r_into, beta=beta)
                 return
             below, r_below, omega = tape.hidden[layer - 1], r_tape.hidden[layer - 1], self._omegas[layer - 1]
-            sums.weights[layer].baddbmm_(into.mT, below, beta=beta)
-            r_sums.weights[layer].baddbmm_(r_into.mT, below, beta=beta).baddbmm_(into.mT, r_below)
+            product.add(sums.weights[layer], into.mT, below, beta)
+            product.add(product.add(r_sums.weights[layer], r_into.mT, below, beta), into.mT, r_below)
             sums.add_bias(layer, into, 1, beta)
             r_sums.add_bias(layer, r_into, 1, beta)
-            r_tape.next_slope.baddbmm_(r_into, at.weights[layer], beta=0, alpha=omega)
-            r_tape.next_slope.baddbmm_(into, along.weights[layer], alpha=omega)
-            tape.next_slope.baddbmm_(into, at.weights[layer], beta=0, alpha=omega)
+            product.add(r_tape.next_slope, r_into, at.weights[layer], beta=0, alpha=omega)
+            product.add(r_tape.next_slope, into, along.weights[layer], alpha=omega)
+            product.add(tape.next_slope, into, at.weights[layer], beta=0, alpha=omega)
             tape.turn()
             r_tape.turn()
 
@@ -347,7 +374,7 @@ def forward(field: MLP, rows: Tensor, coordinates: Tensor) -> Tensor:
     """
     points = coordinates.shape[1]
     plan = Plan(field, points, len(rows), 1, 1, padded(points, _POINTS))
-    at = _Operands(plan, plan.pack(rows, rows.new_zeros((len(rows), plan.row_size))))
+    at = _Operands(plan, plan.pack(rows, rows.new_zeros((len(rows), plan.row_size))), Products())
     at.refresh()
     given = rows.new_zeros((len(rows), field.dimensions + 1, plan.tile_points))
     given[:, :-1, :points] = coordinates.mT

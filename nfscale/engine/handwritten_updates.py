@@ -25,6 +25,11 @@ _SMALLEST_STEP = 1e-30  # a step of this size changes no weight, and its recipro
 class Update(Protocol):
     """The memory of an optimiser for one chunk: what it does at each step, then back into the batch's state."""
 
+    @property
+    def inputs(self) -> list[Tensor]:
+        """What differs between the steps of one call and those of another, memory included."""
+        ...
+
     def wants_products(self, number: int) -> bool:
         """Whether step `number` takes products with the Hessian; `passes.probes` are then set by `prepare`."""
         ...
@@ -105,6 +110,10 @@ class _Moments:
         self.passes = passes
         self.means = [self._taken(_only(state[name])[index]) for name in names]
 
+    @property
+    def inputs(self) -> list[Tensor]:
+        return [*self.means]
+
     def _taken(self, rows: Tensor) -> Tensor:
         return self._plan.pack(rows, torch.zeros_like(self.passes.rows))
 
@@ -130,6 +139,10 @@ class _Adam(_Moments):
         self._floor = _by_step(optimizer.epsilon / step_size)
         self._scratch = torch.empty_like(passes.rows)
 
+    @property
+    def inputs(self) -> list[Tensor]:
+        return [*super().inputs, self._scale, self._floor]
+
     def apply(self, number: int) -> None:
         optimizer, gradient, (mean, square) = self._optimizer, self.passes.gradients, self.means
         mean.lerp_(gradient, 1 - optimizer.beta1)
@@ -147,6 +160,10 @@ class _Preconditioned(_Moments):
         self.step_size = _by_step(-optimizer.step_size(*pace) / optimizer.correction(pace.every))
         self.correction = _by_step(optimizer.correction(pace.every))
         self.inverse, self.direction = torch.zeros_like(passes.rows), torch.empty_like(passes.rows)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return [*super().inputs, self.every, self.step_size, self.correction]
 
     def move(self, step_size: Tensor) -> None:
         self.passes.rows.addcmul_(self.direction, step_size)
@@ -207,6 +224,10 @@ class _PerField(_Preconditioned):
         self._probes, self._counted = state["probes"][index], optimizer.wants_curvature(pace.every)
         if not self.wants_products(0):
             self._invert()
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return [*super().inputs, self._words, self._square, self._probes, self._counted]
 
     def wants_products(self, number: int) -> bool:
         return number % self.optimizer.update_every == 0

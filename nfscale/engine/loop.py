@@ -20,12 +20,13 @@ from torch import Tensor
 
 from nfscale.engine.batch import MINIMUM_SLOTS, Batch, Slot
 from nfscale.engine.calibrate import Calibration
-from nfscale.engine.dispatch import Step, StepName, chosen
+from nfscale.engine.dispatch import PrecisionName, Step, StepName, chosen
 from nfscale.engine.memory import batch_slots, estimated_field_bytes, is_out_of_memory, measured_field_bytes
 from nfscale.engine.problem import unsolvable
 from nfscale.engine.result import Fitted, Result, Stop
 from nfscale.engine.sampling import DRAWN_IN_FULL, Sampler, Sampling
 from nfscale.engine.snapshot import Snapshot, put_back, snapshot_of
+from nfscale.engine.staging import ALONE, Staged
 from nfscale.engine.step import evaluate, stack_samples
 from nfscale.fields import Field, theta0_of
 from nfscale.optim import Optimizer, Scheduled, Solver
@@ -37,6 +38,8 @@ _Keys = ParamSpec("_Keys")
 _FALLEN = 10.0
 """A field has diverged when its loss is this many times its best, and within the same factor of its start:
 lost for good, while a spike of a field that is already good recovers as the learning rate decays."""
+_FILLED_TOGETHER = {"cuda": 256}
+"""Slots: the data that come into them are held once more meanwhile. On a CPU one by one takes no longer."""
 
 
 SELECTS_WITHOUT_CHECK = (
@@ -80,7 +83,7 @@ class Check:
 def fit_and_checks(
     field: Field,
     signal: Signal,
-    data: Iterable[tuple[str, Samples]],
+    data: Iterable[tuple[str, Samples | Staged]],
     *,
     optimizer: Optimizer | Solver,
     stop: Stop,
@@ -91,6 +94,7 @@ def fit_and_checks(
     calibration: Calibration | None = None,
     batch: int | Literal["auto"] = "auto",
     step: StepName = "auto",
+    precision: PrecisionName = "auto",
     device: torch.device | str | None = None,
     clock: Callable[[], float] | None = None,
     observe: Callable[[Check], None] | None = None,
@@ -102,7 +106,8 @@ def fit_and_checks(
 
     Args:
         data: (id, samples) pairs, read as slots free up. Data of one kind share a batch: equal counts of samples, of
-            samples to check and of samples held back, and a mask in all or none.
+            samples to check and of samples held back, and a mask in all or none. Whose reader has a thread of its own
+            may stage them, see `nfscale.engine.staging`.
         init: "shared" starts every field from one draw of `seed`, "per_datum" from the datum's own;
             a tensor [P] is the shared start itself.
         samples: how many of a field's samples enter a step.
@@ -113,6 +118,8 @@ def fit_and_checks(
         step: "plain" (autograd), "torch" (without autograd), "native" (C++, on a CPU) or "fused" (Triton, on a GPU,
             float16 products); "auto" takes the fastest that serves, see `nfscale.engine.dispatch`. They agree to
             rounding.
+        precision: of the products between hidden layers: "float32"; on a GPU "tf32" or "float16" operands, both with
+            11 bits; "auto" is float16 in the fused step up to weight scale 3, float32 otherwise.
         clock: seconds, for `wall_seconds`; without one they stay 0.
         observe: called after each check.
         resume: fields that go on from where a check had them; data that are not among them start as ever.
@@ -121,8 +128,9 @@ def fit_and_checks(
         capacities: slots that earlier fits of this kind have found, where `batch` is "auto"; what is found is put in.
 
     Raises:
-        ValueError: if the optimiser needs a calibration and none is given, the step cannot serve what it is given,
-            a solver cannot (for the sizes of the data, once they are read), or a number is out of its range.
+        ValueError: if the optimiser needs a calibration and none is given, the step cannot serve what it is given
+            or has not this precision, a solver cannot (for the sizes of the data, once they are read), or a number is
+            out of its range.
     """
     _refuse_bad(optimizer, stop, samples, sampling, batch)
     if step_plan is not None:
@@ -132,7 +140,7 @@ def fit_and_checks(
     if "diagonal" in optimizer.needs and calibration is None:
         raise ValueError("this optimiser uses curvature that fields share; pass calibration=nfscale.calibrate(...)")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    taken = chosen(step, device, field, signal, optimizer)
+    taken = chosen(step, device, field, signal, optimizer, precision)
     loop = _Loop(
         field=field,
         signal=signal,
@@ -236,12 +244,19 @@ def _padded(indices: list[int], slots: int) -> list[int] | None:
     return indices + indices[:1] * (MINIMUM_SLOTS - len(indices))
 
 
+_Datum = tuple[str, Samples | Staged]
+
+
+def _as_read(samples: Samples | Staged) -> Samples:
+    return samples.host if isinstance(samples, Staged) else samples
+
+
 class _Queue:
     """Data that wait for a slot, by kind; reads ahead only as far as it must."""
 
-    def __init__(self, data: Iterable[tuple[str, Samples]]) -> None:
+    def __init__(self, data: Iterable[_Datum]) -> None:
         self._data = iter(data)
-        self._waiting: dict[Kind, deque[tuple[str, Samples]]] = {}
+        self._waiting: dict[Kind, deque[_Datum]] = {}
 
     def _read(self) -> bool:
         """Read one more datum; False at the end."""
@@ -259,13 +274,14 @@ class _Queue:
 
     def next_of(self, kind: Kind) -> tuple[str, Samples]:
         """The datum of this kind that comes next, left in the line."""
-        return self._waiting[kind][0]
+        datum_id, samples = self._waiting[kind][0]
+        return datum_id, _as_read(samples)
 
     def put_back(self, kind: Kind, data: list[tuple[str, Samples]]) -> None:
         """Data that were taken and go to the head of the line again."""
         self._waiting[kind].extendleft(reversed(data))
 
-    def take(self, kind: Kind, lookahead: int) -> tuple[str, Samples] | None:
+    def take(self, kind: Kind, lookahead: int) -> _Datum | None:
         """The next datum of this kind, passing over at most `lookahead` data of other kinds."""
         line = self._waiting.setdefault(kind, deque())
         while not line and sum(len(other) for other in self._waiting.values()) < lookahead:
@@ -406,9 +422,9 @@ class _Loop:
         return self.field.layout.ravel(self.field.init(seeds))[0]
 
     def _new_batch(self, queue: _Queue, kind: Kind, sampler: Sampler, capacity: int) -> Batch:
-        taken = []
+        taken: list[tuple[str, Samples]] = []
         while len(taken) < capacity and (datum := queue.take(kind, capacity)) is not None:
-            taken.append(datum)
+            taken.append((datum[0], _as_read(datum[1])))
         return self._batch_of(taken, sampler)
 
     def _batch_of(self, data: list[tuple[str, Samples]], sampler: Sampler) -> Batch:
@@ -439,7 +455,8 @@ class _Loop:
         if self.batch != "auto":
             return self.batch
         try:
-            field_bytes = measured_field_bytes(lambda slots: self._batch_of([datum] * slots, sampler), self.device)
+            with ALONE:
+                field_bytes = measured_field_bytes(lambda slots: self._batch_of([datum] * slots, sampler), self.device)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -548,15 +565,29 @@ class _Loop:
         return measured[1].tolist()[: len(indices)]
 
     def _refill(self, batch: Batch, queue: _Queue, kind: Kind, lookahead: int) -> list[int]:
-        """Put waiting data into the empty slots; which slots these were."""
-        filled = []
-        for index, occupant in enumerate(batch.slots):
-            if occupant is not None or (datum := queue.take(kind, lookahead)) is None:
-                continue
-            datum_id, samples = datum
-            batch.fill(index, self._slot(datum_id, samples), self._start_row(datum_id), samples)
+        """Put waiting data into the empty slots, some at a time; which slots these were."""
+        filled: list[int] = []
+        coming: list[_Datum] = []
+        for index in [index for index, occupant in enumerate(batch.slots) if occupant is None]:
+            if (datum := queue.take(kind, lookahead)) is None:
+                break
             filled.append(index)
+            coming.append(datum)
+            if len(coming) == _FILLED_TOGETHER.get(self.device.type, 1):
+                self._fill(batch, filled[-len(coming) :], coming)
+                coming = []
+        if coming:
+            self._fill(batch, filled[-len(coming) :], coming)
         return filled
+
+    def _fill(self, batch: Batch, indices: list[int], data: list[_Datum]) -> None:
+        slots = [self._slot(datum_id, _as_read(samples)) for datum_id, samples in data]
+        rows = [self._start_row(datum_id) for datum_id, _ in data]
+        samples = [samples.arrived() if isinstance(samples, Staged) else samples for _, samples in data]
+        if len(data) == 1:
+            batch.fill(indices[0], slots[0], rows[0], samples[0])
+        else:
+            batch.fill_all(indices, slots, torch.stack(rows), stack_samples(samples, self.device))
 
     def _compact(self, batch: Batch) -> None:
         """Drop empty slots that nothing waits for. On a GPU only by halves: each size is a shape of its own."""

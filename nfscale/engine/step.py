@@ -165,7 +165,8 @@ def _layer_bytes(field: Field, points: int) -> int:
 
 def stack_samples(parts: Sequence[Samples], device: torch.device) -> Samples:
     """Samples of several data of one kind as a batch: [N, ...] each -> [F, N, ...]."""
-    return parts[0].map(lambda *tensors: torch.stack(tensors).to(device), *parts[1:])
+    mixed = len({part.values.device for part in parts}) > 1
+    return parts[0].map(lambda *t: torch.stack([one.to(device) for one in t] if mixed else t).to(device), *parts[1:])
 
 
 def training_samples(

@@ -100,3 +100,14 @@ def test_fields_per_second_are_of_a_thousand_steps(tmp_path):
     assert rows["nfscale"]["psnr_db"] > 20
     assert abs(rows["nfscale"]["psnr_difference_db"]) < 0.5
     assert per_second(500, 2.0) == 250
+
+
+def test_a_precision_that_the_device_has_not_is_refused_before_anything_is_measured():
+    with pytest.raises(CallerError, match="precision='tf32' cannot be taken: it is for an NVIDIA GPU, not for cpu"):
+        main(["gpu", "--device", "cpu", "--precision", "tf32"])
+
+
+def test_of_few_fields_the_step_of_torch_is_timed_with_and_without_graphs(tmp_path):
+    arguments = ["--device", "cpu", "--workloads", "few", "--fields", "2", "--fitted", "0", "--rounds", "1"]
+    rows = rows_of(tmp_path / "rows.json", "gpu", *arguments, "--methods", "replayed,launched")
+    assert [(row["method"], row["step"]) for row in rows] == [("replayed", "torch"), ("launched", "torch")]

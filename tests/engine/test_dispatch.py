@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from nfscale.engine import build, native
+from nfscale.engine import build, handwritten, native
 from nfscale.engine.dispatch import PLAIN, chosen, warn_once
 from nfscale.fields import MLP
-from nfscale.optim import Adam
+from nfscale.optim import LBFGS, Adam
 from nfscale.rng import as_tensor
 from nfscale.signals import Image
 from tests.engine.fits import (
@@ -76,6 +76,41 @@ def test_what_the_step_of_torch_does_not_know_is_refused_where_it_is_asked_for(s
         chosen("torch", CPU, FIELD, signal, ADAM)
     with pytest.raises(ValueError, match=r"step='torch' cannot be taken: .*not on meta"):
         chosen("torch", torch.device("meta"), FIELD, SIGNAL, ADAM)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "float16"])
+def test_products_of_a_gpu_are_refused_elsewhere_and_where_nothing_has_them(precision):
+    wide, cuda = MLP(2, 1, width=100), torch.device("cuda")
+    step = chosen("auto", cuda, wide, SIGNAL, ADAM, precision)
+    assert step.name == "torch"
+    assert step.gradient.keywords == {"precision": precision}
+    assert step.advance.precision == precision
+    assert step.apply is handwritten.handwritten_apply, "what is measured is float32"
+    own = chosen("torch", cuda, wide, SIGNAL, ESGD_OWN, precision)
+    if precision == "float16":  # whose range is too small for derivatives along a probe
+        assert own.advance is None
+        assert own.gradient_and_hvp is handwritten.handwritten_gradient_and_hvp
+    for name, device, field, optimizer, why in (
+        ("auto", CPU, FIELD, ADAM, "it is for an NVIDIA GPU, not for cpu"),
+        ("torch", CPU, FIELD, ADAM, "it is for an NVIDIA GPU, not for cpu"),
+        ("auto", cuda, wide, LBFGS(), "LBFGS compares losses more finely"),
+        ("plain", cuda, wide, ADAM, "a plain step has products in float32"),
+        ("auto", cuda, MLP(2, 1, activation="finer"), ADAM, "not with activation=finer"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"precision='{precision}' cannot be taken: .*{why}.*; use precision='auto'"
+        ):
+            chosen(name, device, field, SIGNAL, optimizer, precision)
+    with pytest.raises(ValueError, match="unknown precision 'half'; known precisions: auto, float32, tf32, float16"):
+        fitted(DATA, precision="half")
+    with pytest.raises(ValueError, match="not for cpu"):
+        fitted(DATA, precision=precision)
+
+
+@NEEDS_COMPILER
+def test_on_a_cpu_float32_is_what_is_taken_anyway():
+    for name in ("auto", "plain", "torch", "native"):
+        assert chosen(name, CPU, FIELD, SIGNAL, ADAM, "float32") == chosen(name, CPU, FIELD, SIGNAL, ADAM)
 
 
 @pytest.mark.parametrize(

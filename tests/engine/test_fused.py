@@ -456,6 +456,26 @@ def test_auto_takes_the_fused_step_on_a_gpu_where_it_is_fast(monkeypatch):
     assert chosen("auto", CUDA, served(width=128), SIGNAL, ADAM).name != "fused"
 
 
+def test_the_precision_that_is_asked_for_reaches_the_kernels(monkeypatch):
+    tried = []
+    monkeypatch.setattr(fused, "unavailable", lambda device: None)
+    monkeypatch.setattr(fused_trial, "disagreement", lambda *given: tried.append(given[3]))
+    for precision, of_kernels in (("float32", "ieee"), ("float16", "fp16")):
+        for name in ("auto", "fused"):
+            step = chosen(name, CUDA, served(), SIGNAL, ADAM, precision)
+            assert step.name == "fused"
+            for function in (step.gradient, step.gradient_and_hvp, step.advance):
+                assert function.keywords == {"precision": of_kernels}
+        assert tried.pop() == of_kernels
+    assert chosen("auto", CUDA, served(), SIGNAL, ADAM, "tf32").name == "torch"
+    with pytest.raises(ValueError, match="step='fused' cannot be taken: its products are float16 or float32, not tf32"):
+        chosen("fused", CUDA, served(), SIGNAL, ADAM, "tf32")
+    deep = served(width=128, depth=4)
+    assert chosen("fused", CUDA, deep, SIGNAL, ADAM).name == "fused"
+    with pytest.raises(ValueError, match="width 128 and depth 4 are more than"):
+        chosen("fused", CUDA, deep, SIGNAL, ADAM, "float32")
+
+
 def test_auto_takes_another_step_where_the_fused_one_is_wrong(monkeypatch):
     dispatch.warn_once.cache_clear()
     monkeypatch.setattr(fused, "unavailable", lambda device: None)
