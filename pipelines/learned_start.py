@@ -46,7 +46,7 @@ TASKS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], dict[str, Any
     "photos": (
         {"drawn": (200, 250, 300, 400, 600), "learned": (100, 200, 300, 400)},
         {"data": 256, "rounds": 200, "tasks": 16, "inner_steps": 50},
-        {"data": 768, "rounds": 600, "tasks": 16, "inner_steps": 80, "outer_rate": 3e-4},
+        {"data": 768, "rounds": 600, "tasks": 16, "inner_steps": 50, "outer_rate": 3e-4},
     ),
     "mnist": (
         {"drawn": (50, 60, 80, 120), "learned": (40, 60, 80, 120)},
@@ -55,7 +55,7 @@ TASKS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], dict[str, Any
     ),
 }
 """By job: lengths of schedules by start, and how the start is learned, without and with gradients through the fits.
-These learn for the number of steps that unseen data are to have; those are fitted with it and up to 1.5 times it."""
+These learn for the number of steps that unseen data are to have; those are fitted with it and up to three times it."""
 
 OUTER_RATES = {"reptile": 0.5, "fomaml": 1e-4}
 BETAS = (0.3, 0.7)
@@ -196,9 +196,7 @@ def compared_starts(task: Task, kinds: Sequence[str], small: bool) -> Iterator[s
         keys, own_lengths = first_order | {"outer_rate": OUTER_RATES.get(kind, 0.0)}, lengths["learned"]
         if issubclass(LEARNERS[kind], MAML):
             keys = exact
-            own_lengths = tuple(
-                EVERY * round(keys["inner_steps"] * longer / EVERY) for longer in (1, 7 / 6, 4 / 3, 1.5)
-            )
+            own_lengths = tuple(EVERY * round(keys["inner_steps"] * longer / EVERY) for longer in (1, 4 / 3, 2, 3))
         keys = keys | {"rounds": keys["rounds"] // 2} if small else keys
         start, seconds = learned(task, kind, keys)
         own = best(list(grid(task, start.theta0, own_lengths, factors, start.factors)))

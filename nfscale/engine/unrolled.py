@@ -7,6 +7,7 @@ product of the batched step (reverse mode by hand; Pearlmutter, "Fast Exact Mult
 step that is learned through costs about four that are only taken. Kept are 16 bytes for each weight, step and task.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +23,8 @@ from nfscale.signals import Samples, Signal
 
 _MEASURED_STEPS = 4
 """Whose samples tell how good a fit is: less noise than those of one, and no more than a few steps' work."""
+_MEMORY, _LOST = 0.9, 0.5
+"""Of the running mean of log(loss), and how far above its lowest it says that a descent is lost: 2.2 dB."""
 _SMALLEST_SQUARE = 1e-20
 """Beside the mean square gradient of Adam: its root has a slope at zero too, and it is far below epsilon squared."""
 
@@ -96,10 +99,9 @@ class Path:
         losses, gradient = fits.step.gradient(fits.field, fits.signal, self.rows, fits.part(fits.count))
         return losses.log(), gradient / losses[:, None]
 
-    def slopes(self) -> tuple[Tensor, Tensor]:
-        """Of log(loss) at the end by theta0, and by the logarithms of the factors: [T, P] each."""
-        fits, adam = self.fits, self.fits.adam
-        _, by_rows = self.end()
+    def back(self, slopes: Tensor) -> tuple[Tensor, Tensor]:
+        """From slopes [T, P] at the end to those by theta0, and by the logarithms of the factors: [T, P] each."""
+        fits, adam, by_rows = self.fits, self.fits.adam, slopes
         by_mean, by_square, by_factors = (torch.zeros_like(by_rows) for _ in range(3))
         for number in reversed(range(fits.count)):
             gradient, mean, square = self.gradients[number], self.means[number], self.squares[number]
@@ -120,7 +122,11 @@ class Path:
 
 
 class Descent:
-    """theta0 and factors on the way down."""
+    """theta0 and factors on the way down.
+
+    Fits of many steps are chaotic in some regions, where gradients lead nowhere: a descent that has got there goes back
+    to where it was best, and on at half the rates.
+    """
 
     def __init__(self, learner: MAML, theta0: Tensor) -> None:
         self.learner = learner
@@ -130,6 +136,9 @@ class Descent:
         ]
         groups = [{"params": [row]} for row in self._rows if row.requires_grad]
         self._adam = torch.optim.Adam(groups, betas=learner.BETAS)
+        self._share = 1.0  # of the rates that the learner says
+        self._mean = math.nan  # of log(loss) over the last rounds of all steps
+        self._best, self._best_rows = math.inf, [row.detach().clone() for row in self._rows]
 
     @property
     def theta0(self) -> Tensor:
@@ -148,13 +157,31 @@ class Descent:
             FloatingPointError: if more than half of them diverge.
         """
         theta0, logarithms = (row.detach().repeat(len(fits.seeds), 1) for row in self._rows)
-        slopes = fits.fitted(theta0, logarithms.exp()).slopes()
-        learned = [(row, slope) for row, slope in zip(self._rows, slopes, strict=True) if row.requires_grad]
+        path = fits.fitted(theta0, logarithms.exp())
+        losses, slopes = path.end()
+        if fits.count == self.learner.inner_steps and self._is_lost(float(losses.nan_to_num(math.inf).median())):
+            self._go_back()
+            return
+        learned = [(row, slope) for row, slope in zip(self._rows, path.back(slopes), strict=True) if row.requires_grad]
         for group, (row, slope), rate in zip(
             self._adam.param_groups, learned, self.learner.outer_rates(done), strict=True
         ):
-            row.grad, group["lr"] = _typical(slope), rate
+            row.grad, group["lr"] = _typical(slope), rate * self._share
         self._adam.step()
+
+    def _is_lost(self, loss: float) -> bool:
+        """Whether a round, with those before it, says that theta0 has become worse."""
+        known = math.isfinite(self._mean)
+        self._mean = _MEMORY * self._mean + (1 - _MEMORY) * loss if known else loss
+        if self._mean < self._best:
+            self._best, self._best_rows = self._mean, [row.detach().clone() for row in self._rows]
+        return self._mean > self._best + _LOST
+
+    def _go_back(self) -> None:
+        for row, best in zip(self._rows, self._best_rows, strict=True):
+            row.detach().copy_(best)
+        self._adam.state.clear()
+        self._mean, self._share = self._best, self._share / 2
 
 
 def _typical(gradients: Tensor) -> Tensor:

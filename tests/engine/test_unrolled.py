@@ -48,7 +48,8 @@ def test_slopes_go_back_through_all_steps(per_step):
     draw = torch.Generator().manual_seed(1)
     fits = unrolled(per_step, SAMPLES.map(torch.Tensor.double))
     starts = [row.double().repeat(5, 1) for row in (THETA0, FACTORS.log())]
-    slopes = fits.fitted(starts[0], starts[1].exp()).slopes()
+    path = fits.fitted(starts[0], starts[1].exp())
+    slopes = path.back(path.end()[1])
     for which in range(2):
         direction = torch.randn(starts[0].shape, generator=draw, dtype=torch.float64)
         ends = []
@@ -61,7 +62,7 @@ def test_slopes_go_back_through_all_steps(per_step):
 
 def test_a_faster_step_goes_back_as_the_plain_one():
     step = chosen("torch", CPU, FIELD, SIGNAL, ADAM)
-    theirs, ours = (unrolled(step=one).fitted(*STARTS).slopes() for one in (PLAIN, step))
+    theirs, ours = (path.back(path.end()[1]) for path in (unrolled(step=one).fitted(*STARTS) for one in (PLAIN, step)))
     for plain, fast in zip(theirs, ours, strict=True):
         assert (plain - fast).norm() < 1e-3 * plain.norm()
 
@@ -86,3 +87,18 @@ def test_a_round_moves_what_is_learned_by_its_own_rate(learner):
         assert descent.factors.min() == pytest.approx(math.exp(-0.1), rel=1e-2)
     else:
         assert descent.factors is None
+
+
+def test_a_descent_that_is_lost_goes_back_and_on_at_half_the_rates():
+    learner = MAML(rounds=300, inner_steps=COUNT, outer_rate=2.0)
+    assert (learner.steps_after(100), learner.outer_rates(100)) == (COUNT, pytest.approx((1.5,)))
+    descent = Descent(learner, THETA0)
+    descent.go_on(unrolled(), 100)
+    assert (descent.theta0 - THETA0).abs().max() == pytest.approx(1.5, rel=1e-2), "the first step leads astray"
+    rounds = 0
+    while not torch.equal(descent.theta0, THETA0):
+        descent.go_on(unrolled(), 100)
+        rounds += 1
+        assert rounds < 10
+    descent.go_on(unrolled(), 100)
+    assert (descent.theta0 - THETA0).abs().max() == pytest.approx(0.75, rel=1e-2)
