@@ -51,7 +51,7 @@ TASKS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], dict[str, Any
     "mnist": (
         {"drawn": (50, 60, 80, 120), "learned": (40, 60, 80, 120)},
         {"data": 256, "rounds": 400, "tasks": 16, "inner_steps": 20},
-        {"data": 256, "rounds": 5000, "tasks": 16, "inner_steps": 15, "outer_rate": 1e-3},
+        {"data": 256, "rounds": 2500, "tasks": 16, "inner_steps": 15, "outer_rate": 1e-3},
     ),
 }
 """By job: lengths of schedules by start, and how the start is learned, without and with gradients through the fits.

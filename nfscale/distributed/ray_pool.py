@@ -116,9 +116,14 @@ class RayPool:
             cpus = None if self._asked == "auto" else max(1, self._asked)
             keys |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
             keys["object_store_memory"] = _OBJECT_STORE_BYTES
+        errors = (RuntimeError, OSError, self._ray.exceptions.RayError)
+        if not self._on_cluster:
+            with contextlib.suppress(*errors):  # on a busy machine a local Ray may give up on its own processes
+                self._ray.init(**keys)
+                return
         try:
             self._ray.init(**keys)
-        except (RuntimeError, OSError, self._ray.exceptions.RayError) as error:
+        except errors as error:
             where = f"the cluster of RAY_ADDRESS={os.environ['RAY_ADDRESS']}" if self._on_cluster else "a local Ray"
             way_out = "is its head up?" if self._on_cluster else "the same command tries again, workers=0 needs no Ray"
             raise EncodeError(f"{where} does not start or answer ({explained(error)[:300]}); {way_out}") from error

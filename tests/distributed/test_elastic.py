@@ -201,7 +201,10 @@ def test_a_cluster_that_is_not_there_is_not_waited_for_without_an_end(monkeypatc
 def test_a_ray_that_does_not_answer_is_one_line(on_cluster, said, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
 
+    tries = []
+
     def fails(**keys):
+        tries.append(keys)
         raise RuntimeError("Failed to start GCS")
 
     monkeypatch.setattr("nfscale.distributed.ray_pool._unanswered", lambda address, ray: None)
@@ -209,6 +212,7 @@ def test_a_ray_that_does_not_answer_is_one_line(on_cluster, said, monkeypatch):
     pool._ray.init, pool._ray.exceptions = fails, SimpleNamespace(RayError=OSError)
     with pytest.raises(EncodeError, match=rf"{said} does not start or answer \(RuntimeError: Failed to start GCS\)"):
         pool._connect()
+    assert len(tries) == (1 if on_cluster else 2), "a local Ray is started once more"
 
 
 def polled(pool, until, seconds=120.0):

@@ -94,7 +94,7 @@ def test_steps_that_do_updates_themselves_refuse_it(inner):
     assert handwritten.knows(inner)
     assert not handwritten.knows(regularized)
     assert not updates.knows(regularized)
-    assert not updates.knows(regularized, with_probes=True)
+    assert not updates.knows(regularized, all_of_them=True)
     assert regularized.needs == inner.needs
     assert regularized.update_every == getattr(inner, "update_every", 1)
 
