@@ -56,7 +56,7 @@ def estimate(
         refuse_unplannable(job)
     folder = RunFolder(job.output)
     refuse_foreign(folder)
-    device, devices = here()
+    device, devices = _here()
     workers = on_workers or (devices if job.workers == "auto" else max(1, job.workers))
     processes = 1 if device == "cuda" else min(workers, devices)
     sample = fitted_sample(job, seconds=seconds, processes=processes, seed=seed, device=device)
@@ -85,7 +85,7 @@ def _seconds_in(text: str) -> float:
     return seconds
 
 
-def here() -> tuple[str, int]:
+def _here() -> tuple[str, int]:
     """The device of this machine's workers, and how many it has."""
     import torch
 

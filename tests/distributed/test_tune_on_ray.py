@@ -114,7 +114,7 @@ def test_a_node_that_is_lost_while_it_tries_settings_costs_no_more_than_these(cl
     assert not loses.is_alive()
     failures = [event for event in pool.heard if isinstance(event, Failed)]
     assert [event.failure for event in failures] in ([Failure.INFRA], [Failure.CRASH])  # by which of both dies first
-    assert len(pool.calls) == len(pool.heard) == len(pool.heard) - len(failures) + 1
+    assert len(pool.calls) == len(pool.heard), "each call has an end, that of the lost worker and its repetition too"
     assert all(math.isfinite(one.quality) or one.why_not for one in found.trials.values())
     assert not any("died" in one.why_not for one in found.trials.values())
     assert found.best.data == 32
